@@ -1,0 +1,83 @@
+"""The environment protocol: who knows what.
+
+An ``Environment`` holds data that many dialogues share (catalogues, goals, databases) and is loaded once per process.
+A ``Dialogue`` is one single-use conversation about one goal. It knows everything; the agent sees only what
+``Observation`` and ``briefing`` give it. ``relevance`` and ``reference_reply`` look at the hidden goal: they grade and
+demonstrate, and never reach the agent.
+
+To add an environment, subclass both and pass ``--gopo.env path/to/file.py:ClassName``, or register the class under the
+entry-point group ``openrlhf_gopo.envs``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from openrlhf_gopo.types import Goal, Observation, Outcome, Strategy
+
+SPLITS = ("train", "heldout")
+
+
+class Dialogue(ABC):
+    """One conversation: read ``opening``, then alternate ``briefing`` and ``step`` until an outcome has a stop reason."""
+
+    opening: Observation
+
+    @abstractmethod
+    def briefing(self, strategy: str) -> str:
+        """What the responder is told when ``strategy`` is chosen now: tool results and facts it may state."""
+
+    @abstractmethod
+    def expected(self, strategy: str) -> tuple[str, ...]:
+        """Strings (ids, prices, names) that a faithful reply under ``strategy`` contains now; () when none."""
+
+    @abstractmethod
+    def step(self, strategy: str, reply: str) -> Outcome:
+        """Play one turn. ``strategy`` is in the current allowed set.
+
+        Raises:
+            SopError: ``strategy`` is not allowed now.
+            DialogueError: the dialogue already ended.
+        """
+
+    @abstractmethod
+    def relevance(self) -> Mapping[str, int]:
+        """Grade 0..3 of every currently allowed strategy for the hidden goal (ESNDCG's rel)."""
+
+    @abstractmethod
+    def reference_reply(self, strategy: str) -> str:
+        """A good reply under ``strategy`` now, from templates or human logs; behaviour cloning and chrF/BLEU use it."""
+
+
+class Environment(ABC):
+    """Catalogue + SOP + goals + user simulator + success rule.
+
+    ``blocking``: True when a dialogue's methods may wait (network, disk); the rollout then calls them from a thread.
+    """
+
+    name: ClassVar[str]
+    blocking: ClassVar[bool] = True
+    max_turns: int = 16
+
+    @classmethod
+    @abstractmethod
+    def load(cls, data: str | None) -> Environment:
+        """Build from ``--gopo.data`` (a path, or None).
+
+        Raises:
+            DataError: the data is missing or malformed; names path, file, line and field.
+        """
+
+    @abstractmethod
+    def goals(self, split: str) -> Sequence[Goal]:
+        """The goals of ``"train"`` or ``"heldout"``, in a fixed order. No goal is in both."""
+
+    @abstractmethod
+    def catalogue(self, goal: Goal) -> Sequence[Strategy]:
+        """The strategies the expert chooses from in a dialogue about ``goal``, in a fixed order."""
+
+    @abstractmethod
+    def start(self, goal: Goal, seed: int) -> Dialogue:
+        """A fresh dialogue. Equal (goal, seed, strategies, replies) give equal transcripts."""

@@ -1,0 +1,25 @@
+"""The errors a user can meet. Every message names the flag or ``file:line:field``, the value, and the remedy."""
+
+
+class GopoError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class ConfigError(GopoError):
+    """A flag, or a combination of flags, that cannot work."""
+
+
+class DataError(GopoError):
+    """A file or record that breaks its documented layout."""
+
+
+class SopError(GopoError):
+    """An SOP that contradicts itself, or a choice that an SOP forbids."""
+
+
+class StreamError(GopoError):
+    """A chat template or text from which no exact token stream can be built."""
+
+
+class DialogueError(GopoError):
+    """An environment, user simulator or reward that broke its contract during one dialogue."""
