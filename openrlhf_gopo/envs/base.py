@@ -78,6 +78,10 @@ class Environment(ABC):
     def catalogue(self, goal: Goal) -> Sequence[Strategy]:
         """The strategies the expert chooses from in a dialogue about ``goal``, in a fixed order."""
 
+    def catalogue_size(self) -> int:
+        """Strategies in the largest catalogue of any goal: as many labels are needed."""
+        return max(len(self.catalogue(goal)) for split in SPLITS for goal in self.goals(split))
+
     @abstractmethod
     def start(self, goal: Goal, seed: int) -> Dialogue:
         """A fresh dialogue. Equal (goal, seed, strategies, replies) give equal transcripts."""

@@ -1,0 +1,60 @@
+"""CPU support: the same Ray, DeepSpeed and vLLM on a machine without a GPU.
+
+OpenRLHF 0.11.2 says ``cuda`` in a few places. ``PATCHES`` below is the whole list of what is changed, and when: after
+the named module has been imported, in this process, its Ray workers and vLLM's engine processes. With a GPU nothing
+here is active. ``OPENRLHF_GOPO_CPU=1`` or ``=0`` overrides the detection.
+
+Importing this package is cheap; it imports neither torch nor any part of the stack.
+"""
+
+from __future__ import annotations
+
+import os
+
+from openrlhf_gopo.platform import cuda, deepspeed, environment, flash_attn, imports, media, weights
+from openrlhf_gopo.platform.environment import SWITCH, is_cpu
+from openrlhf_gopo.platform.flags import FLAG_DEFAULTS, check_flags
+
+__all__ = ["FLAG_DEFAULTS", "activate", "activate_in_engine", "check_flags", "is_cpu", "ray_runtime_env"]
+
+PATCHES = {
+    "torch": cuda.stand_in,
+    "deepspeed.ops": deepspeed.skip_shared_memory_op,
+    "openrlhf.utils.deepspeed.deepspeed": deepspeed.adapt_strategy,
+    "openrlhf.utils.distributed_util": weights.send_over_gloo,
+    "openrlhf.trainer.ray.vllm_worker_wrap": weights.reload_on_last_tensor,
+}
+CONTEXTS = {"openrlhf.models.ring_attn_utils": flash_attn.stand_ins}
+
+_active = False
+
+
+def activate() -> None:
+    """Make this process run the stack on CPU. Idempotent; does nothing when there is a GPU.
+
+    Call it before openrlhf, deepspeed or vllm is imported: their environment variables are read at import.
+    """
+    global _active
+    if _active or not is_cpu():
+        return
+    _active = True
+    environment.apply()
+    media.hide_what_cuda_builds_break()
+    imports.install(PATCHES, CONTEXTS)
+
+
+def activate_in_engine() -> None:
+    """Entry point ``vllm.general_plugins``: every vLLM process of this machine calls it, also those of other users'
+    programs, so it obeys the switch alone, which ``activate`` set in the parent process."""
+    if os.environ.get(SWITCH) == "1":
+        activate()
+
+
+def ray_runtime_env() -> dict:
+    """What ``ray.init(runtime_env=...)`` needs so that every worker process activates itself; ``{}`` with a GPU."""
+    if not is_cpu():
+        return {}
+    return {
+        "env_vars": environment.current(),
+        "worker_process_setup_hook": "openrlhf_gopo.platform.activate",
+    }

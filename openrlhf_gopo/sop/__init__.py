@@ -1,0 +1,5 @@
+"""Standard operating procedures: rules that give the allowed strategies of every turn."""
+
+from openrlhf_gopo.sop.rules import Part, Rule, Sop
+
+__all__ = ["Part", "Rule", "Sop"]

@@ -1,0 +1,77 @@
+"""Builds an untrained small chat model with a tokenizer of its own: byte-level BPE on an environment's own words.
+
+usage: python build_model.py --env shop --out DIR [--hidden 256 --layers 4 --vocab 2048]
+"""
+
+import argparse
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from openrlhf_gopo.cli.export_sft import export
+from openrlhf_gopo.envs import load_environment
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def train_tokenizer(texts, vocab: int, max_len: int) -> PreTrainedTokenizerFast:
+    """A ChatML tokenizer of at most ``vocab`` tokens, all 256 bytes included."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+        model_max_length=max_len,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--env", default="shop")
+    parser.add_argument("--data", default=None)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--max_len", type=int, default=2048)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    env = load_environment(args.env, args.data)
+    labels = [str(i) for i in range(max(len(env.catalogue(goal)) for goal in env.goals("train")))]
+    played = export(env, labels, 200, 0.5, args.seed)
+    texts = [m["content"] for streams in played for stream in streams.values() for m in stream]
+    tokenizer = train_tokenizer(texts, args.vocab, args.max_len)
+    torch.manual_seed(args.seed)
+    config = Qwen2Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 8 // 3 // 64 * 64,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=args.hidden // 64,
+        max_position_embeddings=args.max_len,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"{model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer)} tokens -> {args.out}")
+
+
+if __name__ == "__main__":
+    main()

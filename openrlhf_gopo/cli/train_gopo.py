@@ -1,0 +1,181 @@
+"""``python -m openrlhf.cli.train_gopo``: OpenRLHF's ``train_ppo_ray`` with two policies and the GOPO objective.
+
+All of upstream's flags and their validation are upstream's own. ``--expert.*`` mirrors ``--actor.*`` (the responder)
+and takes its value where it is not given; ``--gopo.*`` is this project's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from openrlhf_gopo import platform
+from openrlhf_gopo.config import GopoConfig, PreferenceConfig, default, flags, from_flags
+from openrlhf_gopo.errors import ConfigError, GopoError
+
+SECTIONS = {
+    "gopo": "this project's: environment, rollout, rewards, evaluation",
+    "gopo.pref": "the expert's trajectory-level preference loss",
+    "expert": "the expert; every flag defaults to the value of --actor.*",
+    "actor": "the responder (OpenRLHF's actor)",
+    "ref": "reference models, one per role",
+    "critic": "the responder's critic (--algo.advantage.estimator gae)",
+    "reward": "upstream's reward flags",
+    "rollout": "rollout",
+    "vllm": "vLLM engines",
+    "train": "training",
+    "algo": "advantages and KL",
+    "data": "data",
+    "eval": "evaluation on held-out goals",
+    "ckpt": "checkpoints and saved models",
+    "ds": "DeepSpeed",
+    "logger": "loggers",
+}
+# Upstream's flags that the environment replaces; an existing script may still carry them.
+REPLACED = ("train.agent_func_path", "data.prompt_dataset", "eval.dataset", "reward.remote_url")
+
+
+def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Upstream's flags, ``--expert.*`` and ``--gopo.*``, grouped by their first word for ``--help``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m openrlhf.cli.train_gopo",
+        description="Train a two-level dialogue policy with GOPO on OpenRLHF (Ray + DeepSpeed + vLLM).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    groups = {name: parser.add_argument_group(f"{name}.*", text) for name, text in SECTIONS.items()}
+    other = parser.add_argument_group("other")
+    for cls, prefix in ((GopoConfig, "gopo"), (PreferenceConfig, "gopo.pref")):
+        for f in flags(cls):
+            name, meta = f"--{prefix}.{f.name}", f.metadata
+            if meta["kind"] is bool:
+                groups[prefix].add_argument(name, action="store_true", default=default(f), help=meta["help"])
+            else:
+                groups[prefix].add_argument(
+                    name, type=meta["kind"], default=default(f), choices=meta["choices"], help=meta["help"]
+                )
+    for action in upstream._actions:
+        if action.dest == "help":
+            continue
+        groups.get(action.dest.split(".")[0], other)._add_action(action)
+        if action.dest.startswith("actor."):
+            groups["expert"]._add_action(_mirrored(action))
+    return parser
+
+
+def _mirrored(action: argparse.Action) -> argparse.Action:
+    """The ``--expert.*`` twin of an ``--actor.*`` flag; absent from the namespace unless given."""
+    twin = copy.copy(action)
+    twin.option_strings = [o.replace("--actor.", "--expert.", 1) for o in action.option_strings]
+    twin.dest = action.dest.replace("actor.", "expert.", 1)
+    twin.default = argparse.SUPPRESS
+    twin.help = "default: the value of " + action.option_strings[0]
+    return twin
+
+
+def parse(argv: list[str]) -> tuple[SimpleNamespace, GopoConfig]:
+    """Flags to upstream's nested namespace (with ``args.expert``) and this project's config.
+
+    Raises:
+        ConfigError: a value or combination that cannot work.
+        SystemExit: argparse's own errors and --help.
+    """
+    from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
+
+    upstream = UpstreamCli.load()
+    parser = build_parser(upstream.parser)
+    if platform.is_cpu():
+        parser.set_defaults(**platform.FLAG_DEFAULTS)
+    flat = vars(parser.parse_args(argv))
+    config = from_flags(flat)
+    expert = {k.removeprefix("expert."): v for k, v in flat.items() if k.startswith("expert.")}
+    replaced = [name for name in REPLACED if flat.get(name)]
+    for name in replaced:
+        print(f"--{name} {flat[name]}: replaced by --gopo.env {config.env}", file=sys.stderr)
+    own = {k: v for k, v in flat.items() if not k.startswith(("expert.", "gopo."))}
+    # Rewards come from the environment, in the rollout; upstream's name for that is an agent.
+    own |= dict.fromkeys(REPLACED) | {"reward.remote_url": "agent"}
+    args = upstream.validate(argparse.Namespace(**own))
+    args.expert = _expert_args(args.actor, expert, config)
+    if platform.is_cpu():
+        platform.check_flags(args)
+    return args, config
+
+
+def _expert_args(actor: SimpleNamespace, given: dict, config: GopoConfig) -> SimpleNamespace:
+    """``args.actor`` with the given ``--expert.*`` values on top."""
+    expert = copy.deepcopy(actor)
+    for name, value in given.items():
+        node = expert
+        *parents, leaf = name.split(".")
+        for parent in parents:
+            node = getattr(node, parent)
+        if config.sharing == "shared" and getattr(node, leaf) != value:
+            raise ConfigError(
+                f"--expert.{name} {value}: contradicts --gopo.sharing shared, where both roles are the actor's model "
+                f"(--actor.{name} {getattr(node, leaf)}); drop it, or use --gopo.sharing separate"
+            )
+        setattr(node, leaf, value)
+    if "eps_clip" in given and "eps_clip_low_high" not in given:
+        expert.eps_clip_low_high = (expert.eps_clip, expert.eps_clip)
+    return expert
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, check, train, report. Every expected error is one line and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        args, config = parse(argv)
+        platform.activate()
+        _run(args, config)
+    except GopoError as error:
+        print(f"train_gopo: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _run(args: SimpleNamespace, config: GopoConfig) -> None:
+    started = time.time()
+    from openrlhf_gopo.runtime import checks
+
+    checks.check_flags(args, config)
+    from openrlhf_gopo.runtime import agent, launch
+
+    env, policy = agent.build_policy(launch.policy_spec(args, config))
+    checks.check_dialogues(args, config, env, policy)
+    results = Path(config.results_dir or Path(args.ckpt.output_dir) / "results")
+    if config.dry_run:
+        print(
+            f"dry run: {env.name}: {len(env.goals('train'))} training and {len(env.goals('heldout'))} held-out goals, "
+            f"{len(policy.labels)} labels, {launch.logical_gpus(args, config)} GPUs; everything checked"
+        )
+        return
+    results.mkdir(parents=True, exist_ok=True)
+    phases = launch.train(args, config, results)
+    _report(args, config, results, phases, time.time() - started)
+
+
+def _report(args: SimpleNamespace, config: GopoConfig, results: Path, phases: dict, seconds: float) -> None:
+    """The last screen: what happened, and where things are."""
+    from rich.console import Console
+
+    from openrlhf_gopo.evaluation.report import write_results
+
+    written = write_results(results, phases, results / "metrics.jsonl")
+    console = Console(soft_wrap=True)
+    console.rule(f"GOPO on {config.env}: done in {seconds / 60:.1f} min")
+    if "table.md" in {p.name for p in written}:
+        console.print((results / "table.md").read_text(), markup=False)
+    names = ("responder",) if config.sharing == "shared" else ("expert", "responder")
+    for name in names:
+        console.print(f"{name:>12}: {Path(args.ckpt.output_dir) / name}", markup=False)
+    for path in written:
+        console.print(f"{path.stem:>12}: {path}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The ``--gopo.*`` flags as dataclasses: one field is one flag, its default and its help. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+from openrlhf_gopo.errors import ConfigError
+
+EXPERT, RESPONDER = "expert", "responder"
+
+
+def flag(default: Any, help: str, *, choices: tuple[str, ...] | None = None, kind: type | None = None) -> Any:
+    """A dataclass field that is also a command-line flag; ``kind`` is needed where the default is None."""
+    return field(default=default, metadata={"help": help, "choices": choices, "kind": kind or type(default)})
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """``--gopo.pref.*``: the expert's trajectory-level preference loss (ours, see ``core.preference``)."""
+
+    pairing: str = flag(
+        "all", "which pairs of a group are compared", choices=("all", "best_worst", "adjacent", "listwise")
+    )
+    beta: float = flag(1.0, "sharpness of the preference: x = beta (m_w - m_l) - offset (R_w - R_l)")
+    weights: str = flag("mean", "turn weights w_t of m(tau)", choices=("sum", "mean", "dmpo"))
+    discount: float = flag(0.95, "discount g of the dmpo turn weights, in (0, 1)")
+    margin: float = flag(0.0, "a pair counts only when its returns differ by more than this")
+    label_smoothing: float = flag(0.0, "epsilon in [0, 0.5): probability that a preference is wrong")
+    offset: float = flag(0.0, "delta >= 0: required log-ratio gap per unit of return gap")
+    reference: str = flag(
+        "sampler", "reference policy inside m(tau): the initial model or the sampler", choices=("sampler", "initial")
+    )
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "gopo.pref")
+        _require(self.beta > 0, "--gopo.pref.beta", self.beta, "give a positive number")
+        _require(0 < self.discount < 1, "--gopo.pref.discount", self.discount, "give a number in (0, 1)")
+        _require(self.margin >= 0, "--gopo.pref.margin", self.margin, "give 0 or more")
+        _require(0 <= self.label_smoothing < 0.5, "--gopo.pref.label_smoothing", self.label_smoothing, "use [0, 0.5)")
+        _require(self.offset >= 0, "--gopo.pref.offset", self.offset, "give 0 or more")
+
+
+@dataclass(frozen=True)
+class GopoConfig:
+    """``--gopo.*``: everything that is not an upstream flag."""
+
+    env: str = flag(None, "environment: shop, star, an entry point, or path/to/file.py:ClassName", kind=str)
+    data: str = flag(None, "data folder of the environment (star: STAR's upstream layout)", kind=str)
+    sharing: str = flag(
+        "separate", "two models, or one model in two roles with both losses", choices=("separate", "shared")
+    )
+    max_turns: int = flag(None, "turns after which a dialogue is truncated; default: the environment's", kind=int)
+    reply_max_tokens: int = flag(64, "token cap of one reply")
+    labels: str = flag(None, "comma-separated single-token strategy labels; default: A-Z, a-z, 0-9", kind=str)
+    expert_reward: str = flag("tse=1", "expert's return: weighted sum of trajectory metrics, e.g. tse=1,esndcg=0.5")
+    responder_reward: str = flag("tse=0.5,gre=1", "responder's return, same form")
+    common_random_numbers: bool = flag(False, "give every trajectory of a group the same user noise")
+    user_timeout: float = flag(60.0, "seconds one call of the environment may take before the dialogue fails")
+    attempts: int = flag(2, "times a failing dialogue is run before it is quarantined")
+    max_failure_rate: float = flag(0.2, "share of quarantined dialogues in one batch that stops the run")
+    eval_goals: int = flag(64, "held-out goals of one evaluation (--eval.steps says when)")
+    expert_num_engines: int = flag(None, "vLLM engines of the expert; default: --vllm.num_engines", kind=int)
+    expert_gpu_memory_utilization: float = flag(
+        None, "vLLM memory share of an expert engine; default: --vllm.gpu_memory_utilization", kind=float
+    )
+    results_dir: str = flag(None, "folder of tables, curves, transcripts; default: OUTPUT_DIR/results", kind=str)
+    dry_run: bool = flag(False, "check data, template, labels, token budgets and batch arithmetic, then stop")
+    pref: PreferenceConfig = field(default_factory=PreferenceConfig)
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "gopo")
+        _require(
+            bool(self.env), "--gopo.env", self.env, "name an environment: shop, star, or path/to/file.py:ClassName"
+        )
+        for name in ("max_turns", "reply_max_tokens", "attempts", "eval_goals", "expert_num_engines"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"--gopo.{name}", value, "give 1 or more")
+        _require(self.user_timeout > 0, "--gopo.user_timeout", self.user_timeout, "give a positive number of seconds")
+        _require(
+            0 <= self.max_failure_rate <= 1, "--gopo.max_failure_rate", self.max_failure_rate, "give a share in [0, 1]"
+        )
+
+
+def flags(cls: type) -> Iterator[Field]:
+    """The fields of a config dataclass that are flags, in order."""
+    return (f for f in fields(cls) if "help" in f.metadata)
+
+
+def from_flags(values: Mapping[str, Any]) -> GopoConfig:
+    """Build the config from flat flag values keyed ``gopo.<field>`` and ``gopo.pref.<field>``.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    pref = PreferenceConfig(**{f.name: values[f"gopo.pref.{f.name}"] for f in flags(PreferenceConfig)})
+    return GopoConfig(**{f.name: values[f"gopo.{f.name}"] for f in flags(GopoConfig)}, pref=pref)
+
+
+def default(f: Field) -> Any:
+    """The flag's default value."""
+    assert f.default is not MISSING  # every flag() has one
+    return f.default
+
+
+def _check_choices(config: Any, prefix: str) -> None:
+    for f in flags(type(config)):
+        choices = f.metadata["choices"]
+        if choices:
+            value = getattr(config, f.name)
+            _require(value in choices, f"--{prefix}.{f.name}", value, f"choose one of {', '.join(choices)}")
+
+
+def _require(ok: bool, name: str, value: Any, remedy: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} {value}: {remedy}")

@@ -1,0 +1,147 @@
+"""The environment ``star``: 21 tasks of STAR (arXiv 2010.11853, MIT), real human dialogues replayed as the user.
+
+One goal is one single-task human dialogue. The agent asks for the slots that the task's API needs, queries, reports
+what the tool returned to this dialogue's wizard, perhaps several times as the user changes their mind, and says
+goodbye. A goal succeeds when everything that its human wizard found out and reported was found out and reported.
+The user's words come from ``users/replay.py``; the procedure from ``star_sop.py``.
+
+Left out: dialogues over several tasks, and those without a single query result. Rounds beyond four, or beyond the
+turns that fit, are cut from a goal. ``Star.census`` counts all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from openrlhf_gopo.envs.base import SPLITS, Dialogue, Environment
+from openrlhf_gopo.envs.star_dialogue import StarDialogue
+from openrlhf_gopo.envs.star_reader import Record, Task, read
+from openrlhf_gopo.envs.star_script import Script, pairs, report_ids, write_script
+from openrlhf_gopo.envs.star_sop import BYE, Manual, write_manual
+from openrlhf_gopo.errors import ConfigError
+from openrlhf_gopo.types import Goal, Strategy
+from openrlhf_gopo.users.replay import Pool, ReplayUser
+
+HELDOUT_PERCENT = 20
+SLOTS_WEIGHT, REPORTS_WEIGHT, CLOSE_WEIGHT = 0.3, 0.6, 0.1
+PATIENCE = 3  # off-task turns in a row after which the user leaves
+
+
+class Star(Environment):
+    """STAR's single-task dialogues as goals. ``census`` counts what was loaded and what was left out."""
+
+    name = "star"
+    blocking = False
+    max_turns = 14
+
+    def __init__(self, tasks: Mapping[str, Task], records: Sequence[Record]) -> None:
+        self.census: Counter[str] = Counter(dialogues=len(records))
+        self._manuals: dict[str, Manual] = {}
+        self._scripts: dict[str, Script] = {}
+        self._goals: dict[str, list[Goal]] = {split: [] for split in SPLITS}
+        self._pools: dict[str, Pool] = defaultdict(Pool)
+        self._everyone = Pool()
+        for name, own in _by_task(records, self.census).items():
+            self._manuals[name] = write_manual(tasks[name], own)
+            for record in own:
+                self._add(record, self._manuals[name])
+
+    @classmethod
+    def load(cls, data: str | None) -> Star:
+        """Read the folder that upstream publishes; see ``star_reader`` for its layout and errors."""
+        return cls(*read(data))
+
+    def goals(self, split: str) -> Sequence[Goal]:
+        """One goal per dialogue, in file order by task; a hash of the dialogue id decides the split."""
+        return self._goals[split]
+
+    def catalogue(self, goal: Goal) -> Sequence[Strategy]:
+        """The strategies of the goal's task: those its wizards can utter, its queries, and the four shared ones."""
+        return self._manuals[goal.intent].strategies
+
+    def start(self, goal: Goal, seed: int) -> Dialogue:
+        """A fresh dialogue.
+
+        Raises:
+            ConfigError: ``goal`` is not one of this environment's.
+        """
+        script = self._scripts.get(goal.id)
+        if script is None:
+            raise ConfigError(f"star: goal {goal.id!r} is not in the loaded data; take goals from goals(split)")
+        rng = random.Random(f"{goal.id}/{seed}")
+        user = ReplayUser(script.said, self._pools[goal.intent], self._everyone, rng)
+        return StarDialogue(goal, script, self._manuals[goal.intent], user)
+
+    def _add(self, record: Record, manual: Manual) -> None:
+        script = write_script(record, manual)
+        if script is None:
+            self.census["left out: no query result"] += 1
+            return
+        goal = _goal(script, manual)
+        self.census[f"goals: {goal.split}"] += 1
+        self.census["goals with later rounds cut"] += script.cut
+        self._scripts[goal.id] = script
+        self._goals[goal.split].append(goal)
+        if goal.split == "train":  # the held-out users' words are seen in their own dialogue only
+            for said in script.said:
+                self._pools[goal.intent].add(said, script.values)
+                self._everyone.add(said, script.values)
+
+
+def _by_task(records: Iterable[Record], census: Counter[str]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if len(record.tasks) == 1:
+            groups[record.tasks[0]].append(record)
+        else:
+            census["left out: several tasks"] += 1
+    return dict(sorted(groups.items()))
+
+
+def _goal(script: Script, manual: Manual) -> Goal:
+    record = script.record
+    verdicts = [answer for question, answer in record.answers.items() if "calm" not in question]
+    return Goal(
+        id=f"star-{record.id}",
+        intent=manual.task.id,
+        context=_context(record, manual),
+        subgoals=_subgoals(script),
+        facts=pairs(script.values),
+        persona={"patience": PATIENCE, "happy": record.happy},
+        data={"dialogue": record.id, "human_success": all(verdicts) if verdicts else None},
+        split=_split(record.id),
+    )
+
+
+def _split(dialogue: str) -> str:
+    digest = hashlib.sha256(dialogue.encode()).digest()
+    return "heldout" if int.from_bytes(digest[:4], "big") % 100 < HELDOUT_PERCENT else "train"
+
+
+def _context(record: Record, manual: Manual) -> str:
+    """What the wizard was told, and what the tool can be asked: nothing of the user's own task text."""
+    slots = list(dict.fromkeys(manual.asks.values()))
+    needed = [slot for slot in slots if slot in manual.task.required]
+    other = [slot for slot in slots if slot not in needed]
+    lines = [record.wizard_task, f"Task: {manual.task.id.replace('_', ' ')}."]
+    lines += [f"The tool needs: {', '.join(map(_words, needed))}."] if needed else []
+    lines += [f"It also takes: {', '.join(map(_words, other))}."] if other else []
+    return " ".join(line for line in lines if line)
+
+
+def _words(slot: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", slot).lower() if not slot.isupper() else slot
+
+
+def _subgoals(script: Script) -> dict[str, float]:
+    """Slots to learn, results to report, and the goodbye; the weights sum to 1."""
+    slots = [f"slot:{slot}" for slot in script.asked()]
+    reports = [name for index in range(len(script.rounds)) for name in report_ids(script, index)]
+    for_reports = REPORTS_WEIGHT if slots else SLOTS_WEIGHT + REPORTS_WEIGHT
+    weights = {name: SLOTS_WEIGHT / len(slots) for name in slots}
+    weights |= {name: for_reports / len(reports) for name in reports}
+    return {**weights, f"close:{BYE}": CLOSE_WEIGHT}

@@ -1,0 +1,269 @@
+"""One STAR conversation. It knows the script and the manual; the agent sees observations and briefings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from openrlhf_gopo.envs.base import Dialogue
+from openrlhf_gopo.envs.star_script import Round, Script, report_ids
+from openrlhf_gopo.envs.star_sop import BYE, CONFUSED, HELLO, MORE, Manual, describe
+from openrlhf_gopo.errors import DialogueError, SopError
+from openrlhf_gopo.types import Goal, Observation, Outcome, StopReason
+from openrlhf_gopo.users.replay import Answer, ReplayUser
+
+# The user's reaction as engagement, by the source of their words; off task they have less to say.
+ENGAGEMENT = {"own": 1.0, "value": 1.0, "pool": 0.8, "generic": 0.8}
+OFF_TASK = {"own": 0.4, "value": 0.4, "pool": 0.3, "generic": 0.1}
+LONG = 6  # words; a longer value need not stand in a reply verbatim
+# The item's field behind a template's placeholder, where it is not the same name; the first the item has.
+FIELDS = {
+    "balance": ("BankBalance",), "temperature": ("TemperatureCelsius",), "pois": ("NearbyPOIs",),
+    "hotel_name": ("HotelName", "Name"), "restaurant_name": ("RestaurantName", "Name"), "apartment_name": ("Name",),
+    "venue_name": ("VenueName", "Name"), "guest_name": ("GuestName", "Name"), "doctor_name": ("DoctorName", "Name"),
+    "floor": ("Level",), "size": ("FloorSquareMeters",), "num_bedrooms": ("NumRooms",), "instructions": ("Message",),
+    "hotel_location": ("Location",), "price_range": ("Cost",), "food_type": ("Food",), "rating": ("AverageRating",),
+    "booking_id": ("id",), "flight_id": ("id",), "clazz": ("Class",), "duration": ("DurationHours",),
+    "minutes_till_pickup": ("MinutesTillPickup", "RideWait"), "time": ("Time", "StartTimeHour"),
+    "simple_instruction": ("WalkingInstructions", "TransitInstructions", "DrivingInstructions"),
+    "detailed_instruction": (
+        "DetailedWalkingInstructions", "DetailedTransitInstructions", "DetailedDrivingInstructions",
+    ),
+}  # fmt: skip
+
+
+class StarDialogue(Dialogue):
+    """Plays ``script`` with ``user``. Single use.
+
+    State: slots ``told``; the number of results so far (``segment``); the reports still ``owed`` for the latest one;
+    whether a query found something missing since the user last told a slot (``stale``).
+    """
+
+    def __init__(self, goal: Goal, script: Script, manual: Manual, user: ReplayUser) -> None:
+        self._goal, self._script, self._manual, self._user = goal, script, manual, user
+        self._history: list[str] = []
+        self._told = set(script.opening.tells)
+        # A slot the API requires but this goal's wizard never entered has a default.
+        self._told |= set(manual.task.required) - {s for r in script.rounds for s in r.needs}
+        self._segment = 0
+        self._owed: list[tuple[str, tuple[str, ...]]] = []  # (subgoal, reports that complete it)
+        self._stale = False
+        self._completed: set[str] = set()
+        self._off_task = 0
+        self._over = False
+        self._replayed: list[str] = []  # strategies of this segment, for "what the human did next"
+        self.opening = Observation(script.opening.text, self._allowed())
+
+    # -- what the agent is told ------------------------------------------------------------------------------------
+
+    def briefing(self, strategy: str) -> str:
+        """The reply template, and after a result the tool's values."""
+        lines = [f"Say: {describe(self._manual.templates[strategy])}"]
+        result = self._result()
+        if result is not None and strategy in self._manual.reports:
+            shown = [f"{key}: {_text(value)}" for key, value in self._item().items() if _text(value)]
+            lines.append(f"Tool result: {'; '.join(shown) or 'nothing found'}.")
+        return "\n".join(lines)
+
+    def expected(self, strategy: str) -> tuple[str, ...]:
+        """The result's values that the reference reply states; none longer than ``LONG`` words."""
+        if self._result() is None or strategy not in self._manual.reports:
+            return ()
+        reply = self.reference_reply(strategy)
+        values = [_text(value) for value in self._item().values() if not isinstance(value, bool)]
+        return tuple(
+            dict.fromkeys(
+                v for v in values if v and len(v.split()) <= LONG and re.search(rf"(?<!\w){re.escape(v)}(?!\w)", reply)
+            )
+        )
+
+    def reference_reply(self, strategy: str) -> str:
+        """What the human wizard said under ``strategy`` after the same result, else the filled template."""
+        own = [b.text for b in self._script.beats if b.label == strategy and b.segment == self._segment and b.text]
+        if own and strategy in self._manual.reports:
+            return own[min(self._replayed.count(strategy), len(own) - 1)]
+        template = " ".join(self._manual.templates[strategy].split())
+        return re.sub(r"\{(\w+):?\w*\}", lambda match: self._fill(match.group(1)), template)
+
+    def relevance(self) -> Mapping[str, int]:
+        """3: of the required steps, the one the human wizard took next. 2: another required step. 1: an unused
+        strategy of the task that does no harm now. 0: the rest (repeats, questions already answered, "I don't
+        understand", a goodbye or a query that comes too early). Exactly one allowed strategy has 3."""
+        required = self._required()
+        human = [beat.label for beat in self._script.beats if beat.segment == self._segment]
+        best = next((label for label in human if label in required), None)
+        if best is None:
+            best = next(s.id for s in self._manual.strategies if s.id in required)
+        return {s: 3 if s == best else 2 if s in required else int(self._harmless(s)) for s in self._allowed()}
+
+    # -- playing ---------------------------------------------------------------------------------------------------
+
+    def step(self, strategy: str, reply: str) -> Outcome:
+        """Play one turn. A reply without a word gets a complaint and does nothing else."""
+        if self._over:
+            raise DialogueError(f"star: goal {self._goal.id}: the dialogue is over; start a new one")
+        allowed = self._allowed()
+        if strategy not in allowed:
+            raise SopError(f"star: {strategy!r} is not allowed now; allowed: {', '.join(allowed)}")
+        silent = not re.search(r"\w", reply)
+        on_task = strategy in self._required() and not silent
+        if strategy == BYE:
+            return self._close(on_task)
+        answer, completed, events = (self._user.complain(), [], ["reply:empty"]) if silent else self._play(strategy)
+        self._history.append(strategy)
+        new = answer.tells - self._told
+        self._told |= answer.tells
+        self._stale = self._stale and not new
+        completed += [f"slot:{slot}" for slot in sorted(answer.tells) if f"slot:{slot}" in self._goal.subgoals]
+        completed = [name for name in dict.fromkeys(completed) if name not in self._completed]
+        self._completed.update(completed)
+        return self._react(answer, events, completed, on_task or bool(completed))
+
+    def _close(self, on_task: bool) -> Outcome:
+        self._over = True
+        completed = (f"close:{BYE}",) if on_task else ()
+        self._completed.update(completed)
+        done = self._completed == set(self._goal.subgoals)
+        return Outcome(
+            events=("agent:goodbye",),
+            completed=completed,
+            engagement=1.0 if on_task else 0.0,
+            on_task=on_task,
+            stop=StopReason.COMPLETED if done else StopReason.CLOSED,
+        )
+
+    def _react(self, answer: Answer, events: list[str], completed: list[str], on_task: bool) -> Outcome:
+        self._off_task = 0 if on_task else self._off_task + 1
+        if self._off_task >= self._goal.persona["patience"]:
+            self._over = True
+            return Outcome(events=(*events, "user:left"), completed=tuple(completed), stop=StopReason.USER_LEFT)
+        return Outcome(
+            events=(*events, f"user:{answer.source}"),
+            completed=tuple(completed),
+            engagement=(ENGAGEMENT if on_task else OFF_TASK)[answer.source],
+            on_task=on_task,
+            next=Observation(answer.text, self._allowed()),
+        )
+
+    def _play(self, strategy: str) -> tuple[Answer, list[str], list[str]]:
+        """The user's answer, the subgoals completed (slots apart), and the events."""
+        if strategy in self._manual.queries.values():
+            return self._query()
+        self._replayed.append(strategy)
+        match = next((owed for owed in self._owed if strategy in owed[1]), None)
+        if match is not None:
+            self._owed.remove(match)
+            return self._after_report(strategy), [match[0]], [f"report:{strategy}"]
+        slot = self._manual.asks.get(strategy)
+        if slot in self._told:
+            return self._user.complain(), [], []
+        if slot is not None and slot in self._needs():
+            return self._user.tell(strategy, slot, self._values()), [], []
+        if self._done() and strategy == MORE:
+            return self._closing(strategy), [], []
+        return self._user.react(strategy, self._segment, self._values()), [], []
+
+    def _query(self) -> tuple[Answer, list[str], list[str]]:
+        """Run the query of the next round, unless the user still has to tell something it needs."""
+        if self._missing():
+            self._stale = True
+            return self._user.acknowledge(), [], [f"query:missing {', '.join(sorted(self._missing()))}"]
+        current = self._script.rounds[self._segment]
+        ids = report_ids(self._script, self._segment)
+        self._segment += 1
+        self._replayed = []
+        closers = self._manual.closers[current.result]
+        labels: list[tuple[str, ...]] = [(label,) for label in current.reports] or [closers]
+        labels[0] = tuple(dict.fromkeys((*labels[0], *closers)))
+        self._owed = list(zip(ids, labels, strict=True))
+        return self._user.acknowledge(), [], [f"query:{current.result[1]}"]
+
+    def _after_report(self, strategy: str) -> Answer:
+        if self._owed:
+            return self._user.react(strategy, self._segment, self._values())
+        if self._done():
+            return self._closing(strategy)
+        upcoming = self._script.rounds[self._segment]
+        told = frozenset(upcoming.needs) - upcoming.extra
+        if upcoming.extra:  # the user answers those questions later
+            answer = self._user.react(strategy, self._segment, self._values())
+        else:
+            answer = self._user.go_on(strategy, self._segment, self._values())
+        return Answer(answer.text, answer.source, answer.tells | told)
+
+    def _closing(self, strategy: str) -> Answer:
+        """The user's last words. Where later rounds were cut, their own words would ask for more."""
+        own = not self._script.cut and any(s.after == strategy for s in self._script.said)
+        return self._user.react(strategy, self._segment, self._values()) if own else self._user.closing()
+
+    # -- what holds now --------------------------------------------------------------------------------------------
+
+    def _allowed(self) -> tuple[str, ...]:
+        result = self._result()
+        request = None
+        if not self._owed and not self._stale and not self._done():
+            request = self._script.rounds[self._segment].result[0]
+        facts = self._manual.facts(self._told, result.result if result else None, bool(self._owed), request)
+        return self._manual.sop.allowed(self._history, facts)
+
+    def _required(self) -> set[str]:
+        """The steps that the goal needs now; each is allowed, and there is at least one."""
+        allowed = self._allowed()
+        if self._owed:
+            steps = {label for _, labels in self._owed for label in labels}
+        elif self._done():
+            steps = {BYE}
+        elif self._missing():
+            steps = {label for label, slot in self._manual.asks.items() if slot in self._missing()}
+        else:
+            steps = {self._manual.queries[self._script.rounds[self._segment].result[0]]}
+        beats = self._script.beats
+        if not self._history and beats and beats[0].label == HELLO:
+            steps.add(HELLO)
+        return steps.intersection(allowed)
+
+    def _harmless(self, strategy: str) -> bool:
+        if strategy in self._history or strategy in (HELLO, CONFUSED, BYE, *self._manual.queries.values()):
+            return False
+        return self._manual.asks.get(strategy) not in self._told
+
+    def _done(self) -> bool:
+        return self._segment == len(self._script.rounds) and not self._owed
+
+    def _needs(self) -> Mapping[str, str]:
+        return {} if self._segment == len(self._script.rounds) else self._script.rounds[self._segment].needs
+
+    def _missing(self) -> set[str]:
+        return set(self._needs()) - self._told
+
+    def _result(self) -> Round | None:
+        return self._script.rounds[self._segment - 1] if self._segment else None
+
+    def _item(self) -> Mapping[str, Any]:
+        result = self._result()
+        return result.item if result else {}
+
+    def _values(self) -> dict[str, str]:
+        """This goal's slot values as they stand in the current round."""
+        values = dict(self._goal.facts)
+        for current in self._script.rounds[: self._segment + 1]:
+            values.update(current.needs)
+        return values
+
+    def _fill(self, name: str) -> str:
+        """The value for a template's placeholder: from the result, else from what the user told, else its name."""
+        known = {key.casefold(): value for key, value in self._values().items() if key in self._told}
+        known |= {key.casefold(): value for key, value in self._item().items()}
+        for key in (*FIELDS.get(name, ()), name.replace("_", "")):
+            value = known.get(key.casefold())
+            if isinstance(value, list) and value:
+                return str(value[min(len(self._replayed), len(value) - 1)])
+            if value not in (None, "", []):
+                return _text(value)
+        return name.replace("_", " ")
+
+
+def _text(value: Any) -> str:
+    """A tool value as the agent reads it."""
+    return " / ".join(map(str, value)) if isinstance(value, list) else str(value)

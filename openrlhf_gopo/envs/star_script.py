@@ -1,0 +1,232 @@
+"""Turns one human STAR dialogue into a script: what the user knows, when they told it, and what the tool returned.
+
+A dialogue is cut into *rounds*: one query with its result and the reports the wizard made of it. ``segment`` counts
+the results so far, so segment 0 lies before the first query. Only this module knows the human dialogue as a whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from openrlhf_gopo.envs.star_reader import Event, Record
+from openrlhf_gopo.envs.star_sop import HELLO, Manual, Result, canonical, phase, status
+from openrlhf_gopo.users.replay import Said
+
+MAX_ROUNDS = 4
+MAX_STEPS = 12  # required turns of one goal, two less than the environment's cap
+MAX_REPORTS = 2  # per round
+CLEAR = {"yes", "no", "true", "false", "n/a", "none"}  # values that occur in any text: never found by looking
+
+
+@dataclass
+class Beat:
+    """One wizard turn and what the user said after it ("" when the dialogue ended)."""
+
+    label: str
+    text: str
+    user: str
+    segment: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """One query, what it needs (slot -> value, only slots a strategy asks for), its result, and its reports in order.
+
+    ``extra``: slots that the user tells only when asked after the previous result.
+    """
+
+    result: Result
+    item: Mapping[str, Any]
+    needs: Mapping[str, str]
+    reports: tuple[str, ...]
+    extra: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Script:
+    """One goal's human dialogue, ready to replay. ``values`` are all (slot, value) pairs of its queries.
+
+    ``cut``: later rounds were left out, so the user's words after the last kept result ask for more.
+    """
+
+    record: Record
+    opening: Said
+    said: tuple[Said, ...]
+    beats: tuple[Beat, ...]
+    rounds: tuple[Round, ...]
+    values: tuple[tuple[str, str], ...]
+    cut: bool
+
+    def asked(self) -> tuple[str, ...]:
+        """The slots the agent has to learn after the opening, in order of need."""
+        slots: dict[str, None] = {}
+        for index, current in enumerate(self.rounds):
+            wanted = current.extra if index else set(current.needs) - self.opening.tells
+            slots.update(dict.fromkeys(slot for slot in current.needs if slot in wanted))
+        return tuple(slots)
+
+
+@dataclass
+class _Draft:
+    """A dialogue while it is being cut: raw rounds as (query, result event), beats with their segment."""
+
+    opening: str = ""
+    beats: list[Beat] = field(default_factory=list)
+    rounds: list[tuple[Event, Event]] = field(default_factory=list)
+
+
+def write_script(record: Record, manual: Manual) -> Script | None:
+    """The script of ``record``; None when no query of it has a result."""
+    draft = _cut(record, manual)
+    _merge_silent(draft, manual)
+    if not draft.rounds or not draft.opening:
+        return None
+    rounds = _with_check(draft, [_round(draft, index, manual) for index in range(len(draft.rounds))], manual)
+    said = [Said(beat.user, beat.label, beat.segment) for beat in draft.beats if beat.user]
+    opening, said = _attribute(draft.opening, said, rounds, manual)
+    rounds = [_with_extra(rounds, index, draft, opening, manual) for index in range(len(rounds))]
+    values = tuple({(s, v): None for query, _ in draft.rounds for s, v in query.values.items() if s != "RequestType"})
+    script = Script(record, opening, tuple(said), tuple(draft.beats), tuple(rounds), values, False)
+    return _shortened(script)
+
+
+def _cut(record: Record, manual: Manual) -> _Draft:
+    """Split the events into beats and rounds. A query that follows a result in silence replaces it."""
+    draft, query = _Draft(), None
+    domain = manual.task.id.partition("_")[0]
+    for event in record.events:
+        if event.kind == "query":
+            query = event
+        elif event.kind == "result" and query is not None:
+            if draft.rounds and not any(beat.segment == len(draft.rounds) for beat in draft.beats):
+                draft.rounds.pop()
+            draft.rounds.append((query, event))
+            query = None
+        elif event.kind == "wizard":
+            label = canonical(event, manual.task, domain)
+            draft.beats.append(Beat(label, event.text, "", len(draft.rounds)))
+        elif event.kind == "user" and draft.beats:
+            draft.beats[-1].user = draft.beats[-1].user or event.text
+        elif event.kind == "user":
+            draft.opening = draft.opening or event.text
+    return draft
+
+
+def _merge_silent(draft: _Draft, manual: Manual) -> None:
+    """Drop results that the wizard never reported: a later query, or the end, came first."""
+    index = 0
+    while index < len(draft.rounds):
+        labels = [beat.label for beat in draft.beats if beat.segment == index + 1]
+        reported = any(label in manual.reports or label == "" for label in labels)
+        if reported or len(draft.rounds) == 1:
+            index += 1
+            continue
+        del draft.rounds[index]
+        for beat in draft.beats:
+            beat.segment -= beat.segment > index
+
+
+def _round(draft: _Draft, index: int, manual: Manual) -> Round:
+    query, found = draft.rounds[index]
+    result = (phase(query, manual.task), status(found.values))
+    domain = manual.task.id.partition("_")[0]
+    labels = [beat.label for beat in draft.beats if beat.segment == index + 1]
+    told = [label for label in dict.fromkeys(labels) if result in manual.reports.get(label, ())]
+    # After the first report only those count that say something: "search for more?" is no step of the task.
+    full = [s for s in told[1:] if "{" in manual.templates[s] or not s.startswith(f"{domain}_ask_")]
+    slots = set(manual.asks.values())
+    needs = {slot: value for slot, value in query.values.items() if slot in slots}
+    return Round(result, found.values, needs, tuple([*told[:1], *full][:MAX_REPORTS]))
+
+
+def _with_check(draft: _Draft, rounds: list[Round], manual: Manual) -> list[Round]:
+    """Put a successful check before a booking that the wizard made without one: the procedure asks for it."""
+    index = next((i for i, r in enumerate(rounds) if r.result[0] == "book"), None)
+    if index is None or any(r.result[0] == "check" for r in rounds[:index]):
+        return rounds
+    for beat in draft.beats:
+        beat.segment += beat.segment > index
+    item = {k: v for k, v in rounds[index].item.items() if k not in ("Message", "ReservationStatus")}
+    draft.rounds.insert(index, draft.rounds[index])
+    return [*rounds[:index], replace(rounds[index], result=("check", "ok"), item=item, reports=()), *rounds[index:]]
+
+
+def _attribute(first: str, said: list[Said], rounds: Sequence[Round], manual: Manual) -> tuple[Said, list[Said]]:
+    """Find the utterance that tells each slot: the first that mentions its value, else the answer to its question.
+
+    A slot that is neither mentioned nor asked for was clear from the start (a default, or said in other words).
+    """
+    tells: list[set[str]] = [set() for _ in said]
+    opening: set[str] = set()
+    seen: set[str] = set()
+    for index, current in enumerate(rounds):
+        reach = [i for i, s in enumerate(said) if s.segment <= index]
+        for slot, value in current.needs.items():
+            if slot in seen:
+                continue
+            seen.add(slot)
+            if mentions(first, value):
+                opening.add(slot)
+                continue
+            where = [i for i in reach if mentions(said[i].text, value)]
+            answers = [i for i in reach if manual.asks.get(said[i].after) == slot]
+            if where or answers:
+                tells[where[0] if where else answers[-1]].add(slot)
+            else:
+                opening.add(slot)
+    told = [replace(s, tells=frozenset(slots)) for s, slots in zip(said, tells, strict=True)]
+    return Said(first, "", 0, frozenset(opening)), told
+
+
+def _with_extra(rounds: Sequence[Round], index: int, draft: _Draft, opening: Said, manual: Manual) -> Round:
+    """Mark the slots that are new in this round and that the wizard asked for after the previous result."""
+    earlier = {slot for current in rounds[:index] for slot in current.needs} | opening.tells
+    asked = {manual.asks.get(beat.label) for beat in draft.beats if beat.segment == index}
+    new = {slot for slot in rounds[index].needs if slot not in earlier and slot in asked} if index else set()
+    return replace(rounds[index], extra=frozenset(new))
+
+
+def _shortened(script: Script) -> Script:
+    """Keep the first rounds and reports that fit into ``MAX_ROUNDS`` and ``MAX_STEPS``."""
+    kept = replace(script, rounds=script.rounds[:MAX_ROUNDS])
+    while len(kept.rounds) > 1 and steps(kept) > MAX_STEPS:
+        kept = replace(kept, rounds=kept.rounds[:-1])
+    return replace(kept, cut=len(kept.rounds) < len(script.rounds))
+
+
+def steps(script: Script) -> int:
+    """The turns that the goal requires: questions, queries, reports, goodbye, and a hello where the human said it."""
+    hello = bool(script.beats) and script.beats[0].label == HELLO
+    return 1 + hello + len(script.asked()) + sum(1 + max(1, len(r.reports)) for r in script.rounds)
+
+
+def report_ids(script: Script, index: int) -> list[str]:
+    """The subgoals of one round: one per report, or a single one where any report of the result will do."""
+    labels = script.rounds[index].reports
+    return [f"report:{index + 1}:{label}" for label in labels] or [f"report:{index + 1}"]
+
+
+def mentions(text: str, value: str) -> bool:
+    """Whether ``text`` names ``value``, up to case, punctuation and ``2 pm``/``2pm``, ``26th``/``26``."""
+    plain = _normal(value)
+    if not plain or plain in CLEAR:
+        return False
+    ordinal = re.fullmatch(r"(\d+)(?:st|nd|rd|th)", plain)
+    found = f" {_normal(text)} "
+    return f" {plain} " in found or (ordinal is not None and f" {ordinal.group(1)} " in found)
+
+
+def _normal(text: str) -> str:
+    words = " ".join(re.findall(r"[a-z0-9]+", text.casefold()))
+    return re.sub(r"(\d+) (am|pm|st|nd|rd|th)\b", r"\1\2", words)
+
+
+def pairs(values: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The first value of each slot."""
+    first: dict[str, str] = {}
+    for slot, value in values:
+        first.setdefault(slot, value)
+    return first

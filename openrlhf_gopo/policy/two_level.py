@@ -1,0 +1,76 @@
+"""The two-level policy of one dialogue: who is asked what, in which stream, decoding which tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from openrlhf_gopo.policy import prompts
+from openrlhf_gopo.policy.labels import choose_labels
+from openrlhf_gopo.policy.template import ChatTemplate
+from openrlhf_gopo.types import Goal, Strategy, Stream
+
+
+class StreamBuilder:
+    """Grows one ``Stream``: messages are context, actions are spans. Tokens are only ever appended."""
+
+    def __init__(self, template: ChatTemplate, system: str) -> None:
+        self.template = template
+        self.stream = Stream()
+        self._context(template.begin(system))
+
+    def message(self, text: str) -> list[int]:
+        """The tokens that asking ``text`` now would append: the end of the last action, the message, the prompt."""
+        last = self.stream.spans[-1][1] if self.stream.spans else 0
+        closing = self.template.close(self.stream.tokens[-1]) if last == len(self.stream.tokens) else []
+        return [*closing, *self.template.user(text)]
+
+    def ask(self, message: list[int]) -> None:
+        """Append a message made by ``message``."""
+        self._context(message)
+
+    def act(self, tokens: Sequence[int], logprobs: Sequence[float], allowed: list[int] | None = None) -> None:
+        """Append what the role sampled, with the sampler's log-probabilities and, for the expert, the allowed ids."""
+        start = len(self.stream.tokens)
+        self.stream.tokens.extend(tokens)
+        self.stream.logprobs.extend(logprobs)
+        self.stream.spans.append((start, len(self.stream.tokens)))
+        if allowed is not None:
+            self.stream.allowed.append(allowed)
+
+    def force(self, token: int) -> None:
+        """Append a choice that was no choice (one allowed label): context, no span; then the end of the message."""
+        self._context([token, *self.template.close(token)])
+
+    def _context(self, tokens: Sequence[int]) -> None:
+        self.stream.tokens.extend(tokens)
+        self.stream.logprobs.extend([0.0] * len(tokens))
+
+
+class TwoLevelPolicy:
+    """Templates, labels and prompts of both roles; holds no model.
+
+    Args:
+        expert_tokenizer, responder_tokenizer: Hugging Face tokenizers with a chat template.
+        catalogue_size: the largest catalogue of the environment.
+        labels: ``--gopo.labels`` or None.
+    """
+
+    def __init__(
+        self, expert_tokenizer: Any, responder_tokenizer: Any, catalogue_size: int, labels: str | None = None
+    ) -> None:
+        self.expert = ChatTemplate(expert_tokenizer)
+        self.responder = self.expert if responder_tokenizer is expert_tokenizer else ChatTemplate(responder_tokenizer)
+        self.labels = choose_labels(expert_tokenizer, catalogue_size, labels)
+
+    def streams(self, goal: Goal, catalogue: Sequence[Strategy]) -> tuple[StreamBuilder, StreamBuilder]:
+        """Fresh (expert, responder) streams for one dialogue."""
+        system = prompts.expert_system(list(self.labels)[: len(catalogue)], catalogue, goal.context)
+        return (
+            StreamBuilder(self.expert, system),
+            StreamBuilder(self.responder, prompts.responder_system(goal.context)),
+        )
+
+    def label_ids(self, catalogue: Sequence[Strategy]) -> dict[str, int]:
+        """Strategy id -> label token id."""
+        return {s.id: token for s, token in zip(catalogue, self.labels.values(), strict=False)}

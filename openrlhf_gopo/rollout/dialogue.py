@@ -1,0 +1,176 @@
+"""One dialogue, from the first utterance to its stop reason. Knows neither vLLM nor Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from openrlhf_gopo.config import EXPERT, RESPONDER
+from openrlhf_gopo.envs.base import Dialogue, Environment
+from openrlhf_gopo.errors import DialogueError, StreamError
+from openrlhf_gopo.policy import prompts
+from openrlhf_gopo.policy.two_level import StreamBuilder, TwoLevelPolicy
+from openrlhf_gopo.rewards.joint import score
+from openrlhf_gopo.rollout.engine import Generate, Sampling
+from openrlhf_gopo.types import Goal, Outcome, StopReason, Strategy, Trajectory, Turn
+
+T = TypeVar("T")
+
+# Environments that may block run here, one thread per waiting dialogue, so that no engine's event loop waits.
+_THREADS = ThreadPoolExecutor(max_workers=256, thread_name_prefix="gopo-env")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``max_len``: tokens of one stream. ``reply_max_tokens``: cap of one reply. ``user_timeout``: seconds a call."""
+
+    max_len: int
+    max_turns: int
+    reply_max_tokens: int
+    user_timeout: float
+    expert_temperature: float = 1.0
+    responder_temperature: float = 1.0
+    responder_top_p: float = 1.0
+
+
+async def run_dialogue(
+    env: Environment,
+    goal: Goal,
+    policy: TwoLevelPolicy,
+    generate: dict[str, Generate],
+    limits: Limits,
+    *,
+    sample: int = 0,
+    seed: int = 0,
+) -> Trajectory:
+    """Play ``goal`` to its end and score it.
+
+    Returns:
+        The trajectory, with both streams. If the environment or a reward raised, timed out or broke its contract, or a
+        text cannot be tokenised safely, the stop reason is FAILED, ``error`` holds the traceback, and the streams hold
+        what was sampled so far. An engine's exception is not a dialogue's fault and propagates.
+    """
+    run = _Run(env, goal, policy, generate, limits, sample, seed)
+    try:
+        await run.play()
+        run.trajectory.rewards = await run.call(lambda: score(run.trajectory))
+    except (DialogueError, StreamError):
+        run.trajectory.stop = StopReason.FAILED
+        run.trajectory.error = traceback.format_exc()
+    return run.trajectory
+
+
+class _Run:
+    """The state of one dialogue under way."""
+
+    def __init__(
+        self,
+        env: Environment,
+        goal: Goal,
+        policy: TwoLevelPolicy,
+        generate: dict[str, Generate],
+        limits: Limits,
+        sample: int,
+        seed: int,
+    ) -> None:
+        self.env, self.goal, self.generate, self.limits = env, goal, generate, limits
+        self.catalogue: dict[str, Strategy] = {s.id: s for s in env.catalogue(goal)}
+        self.label_ids = policy.label_ids(list(self.catalogue.values()))
+        self.expert, self.responder = policy.streams(goal, list(self.catalogue.values()))
+        self.trajectory = Trajectory(
+            goal, sample, seed, streams={EXPERT: self.expert.stream, RESPONDER: self.responder.stream}
+        )
+
+    async def play(self) -> None:
+        dialogue = await self.call(lambda: self.env.start(self.goal, self.trajectory.seed))
+        observation = dialogue.opening
+        self._check_allowed(observation.allowed)
+        reply: str | None = None
+        for _ in range(self.limits.max_turns):
+            asked = self.expert.message(prompts.expert_turn(reply, observation.user))
+            if self._full(self.expert, asked, 1):
+                self.trajectory.stop = StopReason.MAX_TOKENS
+                return
+            turn = Turn(user=observation.user, allowed=observation.allowed, strategy="", reply="")
+            turn.relevance = await self.call(dialogue.relevance)
+            await self._decide(turn, asked)
+            if not await self._reply(turn, dialogue):
+                self.trajectory.stop = StopReason.MAX_TOKENS
+                return
+            outcome = await self.call(lambda turn=turn: dialogue.step(turn.strategy, turn.reply))
+            self._record(turn, outcome)
+            if outcome.stop is not None:
+                self.trajectory.stop = outcome.stop
+                return
+            assert outcome.next is not None  # _record checked it
+            observation, reply = outcome.next, turn.reply
+        self.trajectory.stop = StopReason.MAX_TURNS
+
+    async def call(self, fn: Callable[[], T]) -> T:
+        """Call into the environment or a reward; whatever goes wrong there is a ``DialogueError``."""
+        try:
+            if not self.env.blocking:
+                return fn()
+            pending = asyncio.get_running_loop().run_in_executor(_THREADS, fn)
+            return await asyncio.wait_for(pending, self.limits.user_timeout)
+        except Exception as error:
+            raise DialogueError(f"{self.env.name}, goal {self.goal.id}: {type(error).__name__}: {error}") from error
+
+    async def _decide(self, turn: Turn, asked: list[int]) -> None:
+        self.expert.ask(asked)
+        ids = [self.label_ids[s] for s in turn.allowed]
+        if len(ids) == 1:
+            turn.strategy, turn.forced = turn.allowed[0], True
+            self.expert.force(ids[0])
+            return
+        sampling = Sampling(max_tokens=1, temperature=self.limits.expert_temperature, allowed=tuple(ids))
+        chosen = await self.generate[EXPERT](self.expert.stream.tokens, sampling)
+        self.expert.act(chosen.tokens, chosen.logprobs, ids)
+        turn.strategy = turn.allowed[ids.index(chosen.tokens[0])]
+        turn.expert_logprob = chosen.logprobs[0]
+
+    async def _reply(self, turn: Turn, dialogue: Dialogue) -> bool:
+        """Write the reply; False when the responder's stream has no room for it."""
+        turn.briefing = await self.call(lambda: dialogue.briefing(turn.strategy))
+        turn.expected = await self.call(lambda: dialogue.expected(turn.strategy))
+        strategy = self.catalogue[turn.strategy]
+        asked = self.responder.message(prompts.responder_turn(turn.user, strategy, turn.briefing))
+        cap = self.limits.reply_max_tokens
+        if self._full(self.responder, asked, cap):
+            return False
+        self.responder.ask(asked)
+        stop = self.responder.template.stop_token
+        sampling = Sampling(cap, self.limits.responder_temperature, self.limits.responder_top_p, stop)
+        written = await self.generate[RESPONDER](self.responder.stream.tokens, sampling)
+        self.responder.act(written.tokens, written.logprobs)
+        turn.reply = self.responder.template.decode(written.tokens)
+        turn.reply_cut = len(written.tokens) == cap and written.tokens[-1] != stop
+        return True
+
+    def _full(self, builder: StreamBuilder, asked: list[int], cap: int) -> bool:
+        return len(builder.stream.tokens) + len(asked) + cap > self.limits.max_len
+
+    def _record(self, turn: Turn, outcome: Outcome) -> None:
+        """Check the environment's verdict, then keep it: a bad one must not become a reward."""
+        strangers = [s for s in outcome.completed if s not in self.goal.subgoals]
+        if strangers:
+            raise DialogueError(f"{self.env.name}, goal {self.goal.id}: completed unknown subgoals {strangers}")
+        if not (math.isfinite(outcome.engagement) and 0 <= outcome.engagement <= 1):
+            raise DialogueError(f"{self.env.name}, goal {self.goal.id}: engagement {outcome.engagement} not in [0, 1]")
+        if (outcome.stop is None) == (outcome.next is None):
+            raise DialogueError(f"{self.env.name}, goal {self.goal.id}: an outcome has a stop reason or a next turn")
+        if outcome.next is not None:
+            self._check_allowed(outcome.next.allowed)
+        turn.events, turn.completed = outcome.events, outcome.completed
+        turn.engagement, turn.on_task = outcome.engagement, outcome.on_task
+        self.trajectory.turns.append(turn)
+
+    def _check_allowed(self, allowed: tuple[str, ...]) -> None:
+        strangers = [s for s in allowed if s not in self.label_ids]
+        if strangers or not allowed:
+            raise DialogueError(f"{self.env.name}, goal {self.goal.id}: allowed {allowed} is empty or has {strangers}")

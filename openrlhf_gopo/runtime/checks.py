@@ -1,0 +1,156 @@
+"""Everything that can be known to be wrong before Ray starts. Each error names flag, value and remedy."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from openrlhf_gopo.config import GopoConfig
+from openrlhf_gopo.envs import Environment
+from openrlhf_gopo.errors import ConfigError
+from openrlhf_gopo.policy import prompts
+from openrlhf_gopo.policy.two_level import TwoLevelPolicy
+from openrlhf_gopo.rewards.joint import parse_weights
+
+
+def check_flags(args: SimpleNamespace, config: GopoConfig) -> None:
+    """Combinations of flags that cannot work, and batch arithmetic.
+
+    Raises:
+        ConfigError: the first one found.
+    """
+    parse_weights(config.expert_reward)
+    parse_weights(config.responder_reward)
+    _check_supported(args, config)
+    _check_placement(args, config)
+    _check_batches(args, config)
+
+
+def check_dialogues(args: SimpleNamespace, config: GopoConfig, env: Environment, policy: TwoLevelPolicy) -> None:
+    """Data and token budgets: enough goals for a batch, and room for one turn in both streams of every goal.
+
+    Raises:
+        ConfigError: too few goals, or --data.max_len cannot hold one turn.
+    """
+    train, heldout = env.goals("train"), env.goals("heldout")
+    usable = min(len(train), args.data.max_samples)
+    if usable < args.rollout.batch_size:
+        raise ConfigError(
+            f"--rollout.batch_size {args.rollout.batch_size}: {env.name} has {usable} training goals; lower it"
+        )
+    if args.eval.steps > 0 and not heldout:
+        raise ConfigError(f"--eval.steps {args.eval.steps}: {env.name} has no held-out goals; leave the flag out")
+    longest = {(goal.intent): goal for goal in sorted((*train, *heldout), key=lambda g: len(g.context))}
+    for goal in longest.values():
+        _check_budget(args, config, env, policy, goal)
+
+
+def _check_budget(args, config, env, policy, goal) -> None:
+    catalogue = env.catalogue(goal)
+    opening = env.start(goal, seed=0).opening
+    expert, responder = policy.streams(goal, catalogue)
+    needs = {
+        "expert": len(expert.stream.tokens) + len(expert.message(prompts.expert_turn(None, opening.user))) + 1,
+        "responder": len(responder.stream.tokens)
+        + max(len(responder.message(prompts.responder_turn(opening.user, s, ""))) for s in catalogue)
+        + config.reply_max_tokens,
+    }
+    for role, tokens in needs.items():
+        if tokens > args.data.max_len:
+            raise ConfigError(
+                f"--data.max_len {args.data.max_len}: the {role}'s first turn of goal {goal.id} needs {tokens} tokens "
+                f"(--gopo.reply_max_tokens {config.reply_max_tokens} included); raise --data.max_len"
+            )
+
+
+def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
+    unsupported = {
+        "--train.async_enable": (args.train.async_enable, "asynchronous training of two policies is not there yet"),
+        "--ds.lora.rank": (
+            args.ds.lora.rank > 0,
+            "OpenRLHF 0.11.2 sends LoRA weights to vLLM under names that it does not know",
+        ),
+        "--ds.ring_attn_size": (args.ds.ring_attn_size > 1, "the expert's decisions are not sliced over a ring"),
+        "--data.max_images_per_prompt": (args.data.max_images_per_prompt > 0, "dialogues are text"),
+        "--vllm.sync_with_ray": (
+            args.vllm.sync_with_ray and config.sharing == "separate",
+            "upstream's group name is fixed, and two policies would share it",
+        ),
+    }
+    for name, (given, why) in unsupported.items():
+        if given:
+            raise ConfigError(f"{name}: not supported: {why}; leave the flag out")
+    if not args.vllm.num_engines:
+        raise ConfigError(f"--vllm.num_engines {args.vllm.num_engines}: dialogues need vLLM; give 1 or more")
+    if args.algo.kl.target:
+        raise ConfigError(
+            f"--algo.kl.target {args.algo.kl.target}: an adaptive KL coefficient is not supported; drop it"
+        )
+    if config.pref.reference == "initial" and args.algo.kl.init_coef <= 0:
+        raise ConfigError(
+            "--gopo.pref.reference initial: there is no reference model with --algo.kl.init_coef 0; raise it, or use "
+            "--gopo.pref.reference sampler"
+        )
+    if args.rollout.n_samples_per_prompt < 2:
+        raise ConfigError(
+            f"--rollout.n_samples_per_prompt {args.rollout.n_samples_per_prompt}: preferences compare trajectories of "
+            "one goal; give 2 or more"
+        )
+
+
+def _check_placement(args: SimpleNamespace, config: GopoConfig) -> None:
+    roles = {"actor": args.actor} | ({} if config.sharing == "shared" else {"expert": args.expert})
+    for name, role in roles.items():
+        if not role.model_name_or_path:
+            raise ConfigError(f"--{name}.model_name_or_path: missing; name a Hugging Face model or folder")
+        ranks = role.num_nodes * role.num_gpus_per_node
+        colocated = args.train.colocate_all or args.train.colocate_actor_ref
+        if colocated and args.algo.kl.init_coef > 0 and ranks != args.ref.num_nodes * args.ref.num_gpus_per_node:
+            raise ConfigError(
+                f"--{name}.num_gpus_per_node {role.num_gpus_per_node}: colocation needs as many ranks as --ref.* has "
+                f"({args.ref.num_nodes * args.ref.num_gpus_per_node}), got {ranks}"
+            )
+        engines = (config.expert_num_engines if name == "expert" else None) or args.vllm.num_engines
+        if args.train.colocate_all and ranks != engines * args.vllm.tensor_parallel_size:
+            raise ConfigError(
+                f"--train.colocate_all: {name} has {ranks} ranks and {engines} engines of "
+                f"{args.vllm.tensor_parallel_size}; they must cover the same GPUs"
+            )
+    if args.train.colocate_all and len(roles) == 2:
+        share = args.vllm.gpu_memory_utilization
+        both = share + (config.expert_gpu_memory_utilization or share)
+        if both > 1:
+            raise ConfigError(
+                f"--vllm.gpu_memory_utilization {share}: with --train.colocate_all two engines share each GPU and ask "
+                f"for {both:.2f} of it; lower it below 0.5"
+            )
+
+
+def _check_batches(args: SimpleNamespace, config: GopoConfig) -> None:
+    samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
+    if samples % args.train.batch_size:
+        raise ConfigError(
+            f"--train.batch_size {args.train.batch_size}: does not divide the {samples} dialogues of one rollout "
+            "(--rollout.batch_size x --rollout.n_samples_per_prompt); the rest would never be trained on"
+        )
+    for name in ("actor",) if config.sharing == "shared" else ("actor", "expert"):
+        role = getattr(args, name)
+        ranks = role.num_nodes * role.num_gpus_per_node // args.ds.tensor_parallel_size
+        if args.rollout.batch_size % ranks:
+            raise ConfigError(
+                f"--rollout.batch_size {args.rollout.batch_size}: goals do not divide over the {ranks} ranks of "
+                f"--{name}.*; a group must stay whole on one rank"
+            )
+        if not args.train.dynamic_batch_enable:
+            local = samples // ranks
+            for flag in ("rollout", "train"):
+                micro = getattr(args, flag).micro_batch_size
+                if local % micro:
+                    raise ConfigError(
+                        f"--{flag}.micro_batch_size {micro}: does not divide the {local} dialogues of a rank of "
+                        f"--{name}.*; choose a divisor"
+                    )
+            if args.train.batch_size % (args.train.micro_batch_size * ranks):
+                raise ConfigError(
+                    f"--train.batch_size {args.train.batch_size}: is not a multiple of --train.micro_batch_size "
+                    f"{args.train.micro_batch_size} x {ranks} ranks of --{name}.*"
+                )

@@ -1,0 +1,201 @@
+"""Puts the roles on the cluster and trains them: upstream's ``train(args)`` for two policies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+from openrlhf.trainer.ray import create_vllm_engines
+from openrlhf.trainer.ray.launcher import RayActorGroup
+from openrlhf.trainer.ray.ppo_critic import CriticModelActor
+from openrlhf.utils import get_strategy, get_tokenizer
+from ray.util.placement_group import placement_group
+
+from openrlhf_gopo import platform
+from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
+from openrlhf_gopo.rewards.joint import parse_weights
+from openrlhf_gopo.rollout.dialogue import Limits
+from openrlhf_gopo.runtime import agent
+from openrlhf_gopo.runtime.models import RolePolicyActor, RoleReferenceActor
+from openrlhf_gopo.runtime.roles import Role, make_roles
+from openrlhf_gopo.runtime.samples_generator import RolloutSpec
+from openrlhf_gopo.runtime.trainer import GOPOTrainer
+from openrlhf_gopo.types import Trajectory
+
+
+def policy_spec(args: SimpleNamespace, config: GopoConfig) -> agent.PolicySpec:
+    """Environment and tokenizers by name."""
+    return agent.PolicySpec(
+        config.env,
+        config.data,
+        (args.actor if config.sharing == "shared" else args.expert).model_name_or_path,
+        args.actor.model_name_or_path,
+        config.labels,
+        not args.data.disable_fast_tokenizer,
+    )
+
+
+def rollout_spec(args: SimpleNamespace, config: GopoConfig, max_turns: int) -> RolloutSpec:
+    """What a dialogue needs, from the flags. ``max_turns`` is the environment's own limit."""
+    limits = Limits(
+        max_len=args.data.max_len,
+        max_turns=config.max_turns or max_turns,
+        reply_max_tokens=config.reply_max_tokens,
+        user_timeout=config.user_timeout,
+        responder_top_p=args.rollout.top_p,
+    )
+    weights = {EXPERT: parse_weights(config.expert_reward), RESPONDER: parse_weights(config.responder_reward)}
+    return RolloutSpec(policy_spec(args, config), limits, weights, config, args.train.seed)
+
+
+def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str, list[Trajectory]]:
+    """Build both roles, train them, save them; returns the held-out dialogues before and after."""
+    init_ray(args, config)
+    roles = make_roles(args, config)
+    place(roles, args, config)
+    env, policy = agent.build_policy(policy_spec(args, config))
+    spec = rollout_spec(args, config, env.max_turns)
+    fast = not args.data.disable_fast_tokenizer
+    tokenizers = {
+        name: get_tokenizer(role.args.actor.model_name_or_path, None, "left", role.strategy, use_fast=fast)
+        for name, role in roles.items()
+    }
+    trainer = GOPOTrainer(get_strategy(args), roles, env, config, spec, tokenizers, len(policy.labels), results)
+    load_models(roles, trainer.max_steps, config)
+    phases = trainer.fit()
+    saved = {id(role.actor): role for role in roles.values()}  # one model when shared
+    ray.get([ref for role in saved.values() for ref in role.actor.async_save_model()])
+    critic = roles[RESPONDER].critic
+    if critic is not None and args.critic.save_value_network:
+        ray.get(critic.async_save_model())
+    return phases
+
+
+def init_ray(args: SimpleNamespace, config: GopoConfig) -> None:
+    """Connect to the running cluster or start a local one, with upstream's environment variables.
+
+    Without a GPU the local cluster gets as many logical ones as the groups will ask for.
+    """
+    if ray.is_initialized():
+        return
+    env_vars = {
+        name: os.environ.get(name, value)
+        for name, value in (
+            ("TOKENIZERS_PARALLELISM", "true"),
+            ("NCCL_DEBUG", "WARN"),
+            ("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1"),
+        )
+    }
+    runtime_env: dict[str, Any] = {"env_vars": env_vars}
+    if not platform.is_cpu():
+        ray.init(runtime_env=runtime_env)
+        return
+    cpu = platform.ray_runtime_env()
+    cpu["env_vars"] = {**env_vars, **cpu["env_vars"]}
+    gpus = logical_gpus(args, config)
+    ray.init(num_gpus=gpus, num_cpus=max(16, 2 * gpus), include_dashboard=False, runtime_env=cpu)
+
+
+def logical_gpus(args: SimpleNamespace, config: GopoConfig) -> int:
+    """GPUs that all groups and engines together ask for."""
+    policies = 1 if config.sharing == "shared" else 2
+    actor = args.actor.num_nodes * args.actor.num_gpus_per_node
+    if args.train.colocate_all:
+        return actor
+    reference = args.ref.num_nodes * args.ref.num_gpus_per_node if args.algo.kl.init_coef > 0 else 0
+    if args.train.colocate_actor_ref:
+        reference = 0
+    critic = args.critic.num_nodes * args.critic.num_gpus_per_node if args.critic.model_name_or_path else 0
+    engines = args.vllm.num_engines * args.vllm.tensor_parallel_size
+    if policies == 2:
+        engines += (config.expert_num_engines or args.vllm.num_engines) * args.vllm.tensor_parallel_size
+        actor += args.expert.num_nodes * args.expert.num_gpus_per_node
+        reference *= 2
+    return actor + reference + critic + engines
+
+
+def place(roles: dict[str, Role], args: SimpleNamespace, config: GopoConfig) -> None:
+    """Create groups and engines with upstream's placement: separate, actor with reference, or everything together."""
+    everything = None
+    if args.train.colocate_all:
+        everything = _placement(args.actor)
+    if config.sharing == "shared":
+        _place_role(roles[RESPONDER], everything, policies=1)
+        shared = roles[RESPONDER]
+        roles[EXPERT].actor, roles[EXPERT].reference = shared.actor, shared.reference
+        roles[EXPERT].engines = shared.engines
+        return
+    for role in roles.values():
+        _place_role(role, everything, policies=2)
+
+
+def _place_role(role: Role, everything: Any, *, policies: int) -> None:
+    args = role.args
+    together = everything or (_placement(args.actor) if args.train.colocate_actor_ref else None)
+    # Upstream gives each of actor, reference, critic and engine a fifth of a GPU; two policies share that one GPU.
+    share = (0.2 if policies == 1 else 0.1) if everything else (0.2 if together else 1)
+    copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
+    role.engines = _engines(args, everything)
+
+    def group(where: SimpleNamespace, actor_class: Any, bundle: Any, part: float) -> RayActorGroup:
+        return RayActorGroup(
+            where.num_nodes,
+            where.num_gpus_per_node,
+            actor_class,
+            pg=bundle,
+            num_gpus_per_actor=part,
+            duplicate_actors=copies,
+        )
+
+    role.actor = group(args.actor, RolePolicyActor, together, share)
+    if args.algo.kl.init_coef > 0:
+        role.reference = group(args.ref, RoleReferenceActor, together, share)
+    if args.critic.model_name_or_path:
+        role.critic = group(args.critic, CriticModelActor, everything, share if everything else 1)
+
+
+def _placement(where: SimpleNamespace) -> Any:
+    bundles = [{"GPU": 1, "CPU": 1} for _ in range(where.num_nodes * where.num_gpus_per_node)]
+    bundle = placement_group(bundles, strategy="PACK")
+    ray.get(bundle.ready())
+    return bundle
+
+
+def _engines(args: SimpleNamespace, everything: Any) -> list:
+    """vLLM rollout actors that can host dialogues; log-probabilities are those of the distribution sampled from."""
+    return create_vllm_engines(
+        args.vllm.num_engines,
+        args.vllm.tensor_parallel_size,
+        args.actor.model_name_or_path,
+        args.train.seed,
+        args.train.full_determinism_enable,
+        args.vllm.enable_prefix_caching,
+        args.vllm.enforce_eager,
+        args.data.max_len,
+        everything,
+        args.vllm.gpu_memory_utilization,
+        args.vllm.enable_sleep,
+        "processed_logprobs",
+        agent_func_path=agent.__file__,
+    )
+
+
+def load_models(roles: dict[str, Role], max_steps: int, config: GopoConfig) -> None:
+    """Load every model. Engines are asked too: one that died at start would otherwise hang the weight-sync group."""
+    refs = []
+    for role in {id(r.actor): r for r in roles.values()}.values():
+        path = role.args.actor.model_name_or_path
+        refs += [engine.get_num_unfinished_requests.remote() for engine in role.engines or []]
+        refs += role.actor.async_init_model_from_pretrained(role.strategy, path, max_steps, role.engines)
+        if role.reference is not None:
+            refs += role.reference.async_init_model_from_pretrained(role.strategy, path)
+    while refs:  # whichever fails first is raised first
+        done, refs = ray.wait(refs, num_returns=1)
+        ray.get(done)
+    critic = roles[RESPONDER].critic
+    if critic is not None:
+        strategy = roles[RESPONDER].strategy
+        ray.get(critic.async_init_model_from_pretrained(strategy, strategy.args.critic.model_name_or_path, max_steps))

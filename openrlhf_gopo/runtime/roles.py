@@ -1,0 +1,56 @@
+"""One role as upstream sees it: its own arguments, strategy, actor groups and engines."""
+
+from __future__ import annotations
+
+import os
+from copy import deepcopy
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from openrlhf.utils import get_strategy
+
+from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
+
+
+@dataclass
+class Role:
+    """One policy under training. Groups are upstream's ``RayActorGroup``; ``engines`` are its vLLM rollout actors."""
+
+    name: str
+    strategy: Any
+    actor: Any = None
+    reference: Any = None
+    critic: Any = None
+    engines: list | None = None
+
+    @property
+    def args(self) -> SimpleNamespace:
+        """Upstream's nested arguments as this role's classes read them."""
+        return self.strategy.args
+
+
+def role_args(args: SimpleNamespace, role: str, config: GopoConfig) -> SimpleNamespace:
+    """Upstream's arguments with ``args.actor`` being ``role``, and folders of its own.
+
+    The expert has no critic, and its engines are its own. Loggers belong to the trainer, not to a role.
+    """
+    own = deepcopy(args)
+    if role == EXPERT:
+        own.actor = deepcopy(args.expert)
+        own.critic.model_name_or_path = None
+        own.vllm.num_engines = config.expert_num_engines or args.vllm.num_engines
+        own.vllm.gpu_memory_utilization = config.expert_gpu_memory_utilization or args.vllm.gpu_memory_utilization
+    own.ckpt.path = os.path.join(args.ckpt.path, role)
+    own.ckpt.output_dir = os.path.join(args.ckpt.output_dir, role)
+    own.logger.wandb.key = own.logger.tensorboard_dir = None
+    return own
+
+
+def make_roles(args: SimpleNamespace, config: GopoConfig) -> dict[str, Role]:
+    """Expert and responder, without models yet. With ``shared`` the expert is the responder's model in another role."""
+    roles = {}
+    for name in (EXPERT, RESPONDER):
+        source = RESPONDER if config.sharing == "shared" else name
+        roles[name] = Role(name, get_strategy(role_args(args, source, config)))
+    return roles

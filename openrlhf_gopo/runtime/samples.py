@@ -1,0 +1,72 @@
+"""From trajectories to upstream's ``Experience``: one per role, tokens and masks as they were sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from openrlhf.trainer.ppo_utils.experience import Experience
+
+from openrlhf_gopo.config import EXPERT
+from openrlhf_gopo.core.categorical import pad_allowed
+from openrlhf_gopo.rewards.joint import joint
+from openrlhf_gopo.types import StopReason, Stream, Trajectory
+
+
+@dataclass
+class DialogueSample:
+    """One trajectory and its return under each role's reward weights (0 when quarantined)."""
+
+    trajectory: Trajectory
+    returns: dict[str, float]
+
+    @property
+    def quarantined(self) -> bool:
+        """True when the dialogue failed: it keeps its place in the group and is never trained on."""
+        return self.trajectory.stop is StopReason.FAILED
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """Success as 0/1, shape (1,): what upstream's dynamic filtering averages over a group."""
+        return torch.tensor([float(self.trajectory.success)])
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, weights: Mapping[str, Mapping[str, float]]) -> DialogueSample:
+        """Attach the returns; ``weights`` maps a role to its reward weights."""
+        failed = trajectory.stop is StopReason.FAILED
+        returns = {role: 0.0 if failed else joint(trajectory.rewards, w) for role, w in weights.items()}
+        return cls(trajectory, returns)
+
+
+def to_experience(sample: DialogueSample, role: str, num_labels: int) -> Experience:
+    """A one-sample ``Experience`` of ``role``; a quarantined sample has an all-zero action mask.
+
+    sequences (1, S); action_mask and rollout_log_probs (1, S-1), aligned with the token they predict; for the expert,
+    ``mm_train_inputs[0]["allowed"]`` (T, num_labels) holds the allowed label ids of each decision.
+    """
+    stream = sample.trajectory.streams.get(role, Stream())
+    tokens = torch.tensor(stream.tokens or [0, 0], dtype=torch.long)
+    action_mask = torch.zeros(len(tokens), dtype=torch.long)
+    if not sample.quarantined:
+        for start, end in stream.spans:
+            action_mask[start:end] = 1
+    logprobs = torch.tensor(stream.logprobs or [0.0, 0.0], dtype=torch.float32)
+    allowed = [] if sample.quarantined else stream.allowed
+    reward = torch.tensor([sample.returns[role]], dtype=torch.float32)
+    return Experience(
+        sequences=tokens.unsqueeze(0),
+        attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+        action_mask=action_mask[1:].unsqueeze(0),
+        rollout_log_probs=(logprobs * action_mask)[1:].unsqueeze(0),
+        mm_train_inputs=[{"allowed": pad_allowed(allowed, num_labels)} if role == EXPERT else None],
+        images=[None],
+        prompts=[sample.trajectory.goal.id],
+        labels=[sample.trajectory.stop.value],
+        rewards=reward,
+        scores=sample.scores,
+        response_length=action_mask.sum().float().reshape(1),
+        total_length=torch.tensor([float(len(tokens))]),
+        truncated=torch.tensor([sample.trajectory.stop.truncated]),
+        info={"reward": reward.clone(), "quarantined": torch.tensor([float(sample.quarantined)])},
+    )

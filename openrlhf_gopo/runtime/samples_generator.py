@@ -1,0 +1,142 @@
+"""Upstream's sample generator over goals instead of prompts: one request per goal, K dialogues at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
+from torch.utils.data import Dataset
+
+from openrlhf_gopo.config import GopoConfig
+from openrlhf_gopo.errors import DialogueError
+from openrlhf_gopo.evaluation.records import append_trajectory
+from openrlhf_gopo.rollout.dialogue import Limits
+from openrlhf_gopo.runtime.agent import DialogueRequest, PolicySpec
+from openrlhf_gopo.runtime.samples import DialogueSample
+from openrlhf_gopo.types import Goal, Trajectory
+
+
+class GoalDataset(Dataset):
+    """Goals in the shape of upstream's prompt data: (datasource, prompt, label, image)."""
+
+    def __init__(self, goals: Sequence[Goal]) -> None:
+        self.goals = goals
+
+    def __len__(self) -> int:
+        return len(self.goals)
+
+    def __getitem__(self, index: int) -> Goal:
+        return self.goals[index]
+
+    @staticmethod
+    def collate_fn(goals: list[Goal]) -> tuple[list, list, list, list]:
+        """Lists of intents, goal ids, goals, and no images."""
+        return [g.intent for g in goals], [g.id for g in goals], list(goals), [None] * len(goals)
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """Everything about a dialogue but its goal and its temperature."""
+
+    policy: PolicySpec
+    limits: Limits
+    reward_weights: Mapping[str, Mapping[str, float]]
+    config: GopoConfig
+    seed: int
+
+
+class GOPOSamplesGenerator(SamplesGenerator):
+    """Plays dialogues in the rollout actors of the responder and writes each to ``trajectories`` as it arrives."""
+
+    def __init__(self, *args: Any, expert_engines: list | None, spec: RolloutSpec, folder: Path, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.expert_engines, self.spec = expert_engines, spec
+        self.trajectories = folder / "trajectories.jsonl"
+        self._requests = count()
+        self._rollouts = count()
+        self._seed = spec.seed
+
+    def generate_samples(self, **generate_kwargs: Any) -> tuple[list[DialogueSample], float | None, int, bool]:
+        """One training batch; users differ from one batch to the next, reproducibly.
+
+        Raises:
+            DialogueError: more dialogues failed than --gopo.max_failure_rate allows.
+        """
+        self._seed = self.spec.seed + 1 + next(self._rollouts)
+        self._wake_expert()
+        samples, rate, consumed, exhausted = super().generate_samples(**generate_kwargs)
+        self._sleep_expert()
+        self._check_failures(samples)
+        return samples, rate, consumed, exhausted
+
+    def evaluate(self, path: Path, **generate_kwargs: Any) -> list[Trajectory]:
+        """All held-out goals, with the same users every time; trajectories go to ``path``."""
+        self._seed, training, self.trajectories = self.spec.seed, self.trajectories, path
+        path.unlink(missing_ok=True)
+        self._wake_expert()
+        try:
+            return [s.trajectory for s in self.generate_eval_samples(**generate_kwargs)]
+        finally:
+            self.trajectories = training
+            self._sleep_expert()
+
+    def _dispatch_prompts_to_vllm(
+        self, prompts: list[str], labels: list[Goal], *, images: list | None = None, **generate_kwargs: Any
+    ) -> list:
+        samples = generate_kwargs.get("n_samples_per_prompt", self.args.rollout.n_samples_per_prompt)
+        temperature = generate_kwargs.get("temperature", 1.0)
+        limits = replace(self.spec.limits, expert_temperature=temperature, responder_temperature=temperature)
+        config, refs = self.spec.config, []
+        for goal in labels:
+            # A goal stays on one engine per role: its K dialogues share the cached prefix.
+            turn = next(self._requests)
+            experts = self.expert_engines
+            request = DialogueRequest(
+                goal=goal,
+                spec=self.spec.policy,
+                limits=limits,
+                seed=self._seed,
+                common_random_numbers=config.common_random_numbers,
+                attempts=config.attempts,
+                expert_engine=experts[turn % len(experts)] if experts else None,
+            )
+            engine = self.vllm_engines[turn % len(self.vllm_engines)]
+            refs.append(
+                engine.generate_responses.remote(
+                    prompt=goal.id,
+                    label=request,
+                    sampling_params=None,
+                    max_length=limits.max_len,
+                    hf_tokenizer=None,
+                    num_samples=samples,
+                )
+            )
+        return refs
+
+    def _process_response_into_experience(self, response: Trajectory, **generate_kwargs: Any) -> DialogueSample:
+        append_trajectory(self.trajectories, response)
+        return DialogueSample.of(response, self.spec.reward_weights)
+
+    def _check_failures(self, samples: list[DialogueSample]) -> None:
+        errors = [s.trajectory.error or "" for s in samples if s.quarantined]
+        if samples and len(errors) / len(samples) > self.spec.config.max_failure_rate:
+            cause, times = Counter(e.strip().splitlines()[-1] for e in errors).most_common(1)[0]
+            raise DialogueError(
+                f"{len(errors)} of {len(samples)} dialogues failed, more than --gopo.max_failure_rate "
+                f"{self.spec.config.max_failure_rate}; the commonest cause ({times} times): {cause}; tracebacks are in "
+                f"{self.trajectories}"
+            )
+
+    def _wake_expert(self) -> None:
+        if self.args.vllm.enable_sleep and self.expert_engines:
+            batch_vllm_engine_call(self.expert_engines, "wake_up")
+
+    def _sleep_expert(self) -> None:
+        if self.args.vllm.enable_sleep and self.expert_engines:
+            batch_vllm_engine_call(self.expert_engines, "sleep")
