@@ -65,6 +65,7 @@ class GopoConfig:
     expert_gpu_memory_utilization: float = flag(
         None, "vLLM memory share of an expert engine; default: --vllm.gpu_memory_utilization", kind=float
     )
+    worker_logs: bool = flag(False, "print what Ray workers print; without it their logs stay in Ray's session folder")
     results_dir: str = flag(None, "folder of tables, curves, transcripts; default: OUTPUT_DIR/results", kind=str)
     dry_run: bool = flag(False, "check data, template, labels, token budgets and batch arithmetic, then stop")
     pref: PreferenceConfig = field(default_factory=PreferenceConfig)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -60,7 +60,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Observation:
-    """What the agent sees at the start of a turn: the utterance and the strategies that the SOP allows (never empty)."""
+    """What the agent sees at the start of a turn: the utterance, and what the SOP allows (never empty)."""
 
     user: str
     allowed: tuple[str, ...]
@@ -147,7 +147,7 @@ class Trajectory:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready record; the goal's private ``data`` stays out, the streams stay in."""
-        record = asdict(self)
+        record = asdict(replace(self, goal=replace(self.goal, data={})))
         record["goal"].pop("data")
         record["stop"] = self.stop.value
         record["success"] = self.success

@@ -5,6 +5,11 @@ usage: python build_model.py --env shop --out DIR [--hidden 256 --layers 4 --voc
 
 import argparse
 
+from openrlhf_gopo import platform
+
+platform.activate()  # before transformers: without a GPU a CUDA build of torchvision cannot be imported
+
+# ruff: noqa: E402
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -49,7 +54,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     env = load_environment(args.env, args.data)
-    labels = [str(i) for i in range(max(len(env.catalogue(goal)) for goal in env.goals("train")))]
+    labels = [str(i) for i in range(env.catalogue_size())]
     played = export(env, labels, 200, 0.5, args.seed)
     texts = [m["content"] for streams in played for stream in streams.values() for m in stream]
     tokenizer = train_tokenizer(texts, args.vocab, args.max_len)

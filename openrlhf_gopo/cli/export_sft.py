@@ -1,4 +1,4 @@
-"""``python -m openrlhf_gopo.cli.export_sft``: demonstrations of an environment as chat messages for OpenRLHF's train_sft.
+"""``python -m openrlhf_gopo.cli.export_sft``: demonstrations as chat messages for OpenRLHF's ``train_sft``.
 
 Both roles' streams are written in the words of the rollout's own prompts, so a model that was warm-started on them sees
 nothing new when GOPO starts.
@@ -81,8 +81,7 @@ def _export(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     env = load_environment(args.env, args.data)
-    size = max(len(env.catalogue(goal)) for goal in env.goals("train"))
-    labels = list(choose_labels(AutoTokenizer.from_pretrained(args.tokenizer), size, args.labels))
+    labels = list(choose_labels(AutoTokenizer.from_pretrained(args.tokenizer), env.catalogue_size(), args.labels))
     args.out.mkdir(parents=True, exist_ok=True)
     files = {name: (args.out / f"{name}.jsonl").open("w") for name in (EXPERT, RESPONDER, "both")}
     for conversations in export(env, labels, args.dialogues, args.skill, args.seed):

@@ -143,9 +143,10 @@ def _run(args: SimpleNamespace, config: GopoConfig) -> None:
     from openrlhf_gopo.runtime import checks
 
     checks.check_flags(args, config)
-    from openrlhf_gopo.runtime import agent, launch
+    from openrlhf_gopo.runtime import launch
+    from openrlhf_gopo.runtime.requests import build_policy
 
-    env, policy = agent.build_policy(launch.policy_spec(args, config))
+    env, policy = build_policy(launch.policy_spec(args, config))
     checks.check_dialogues(args, config, env, policy)
     results = Path(config.results_dir or Path(args.ckpt.output_dir) / "results")
     if config.dry_run:
@@ -163,18 +164,22 @@ def _report(args: SimpleNamespace, config: GopoConfig, results: Path, phases: di
     """The last screen: what happened, and where things are."""
     from rich.console import Console
 
+    from openrlhf_gopo.evaluation.curves import write_learning_curves
     from openrlhf_gopo.evaluation.report import write_results
 
-    written = write_results(results, phases, results / "metrics.jsonl")
+    metrics = results / "metrics.jsonl"
+    if phases:
+        written = write_results(results, phases, metrics)
+    else:  # no --eval.steps, nothing to compare
+        written = {"learning_curves": write_learning_curves(metrics, results / "learning_curves.png")}
     console = Console(soft_wrap=True)
     console.rule(f"GOPO on {config.env}: done in {seconds / 60:.1f} min")
-    if "table.md" in {p.name for p in written}:
-        console.print((results / "table.md").read_text(), markup=False)
-    names = ("responder",) if config.sharing == "shared" else ("expert", "responder")
-    for name in names:
-        console.print(f"{name:>12}: {Path(args.ckpt.output_dir) / name}", markup=False)
-    for path in written:
-        console.print(f"{path.stem:>12}: {path}", markup=False)
+    if "table" in written:
+        console.print(written["table"].read_text(), markup=False)
+    roles = ("responder",) if config.sharing == "shared" else ("expert", "responder")
+    written |= {"trajectories": results / "trajectories.jsonl", "metrics": metrics}
+    for name, path in ({role: Path(args.ckpt.output_dir) / role for role in roles} | written).items():
+        console.print(f"{name:>16}  {path}", markup=False)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def _from_file(name: str, path: Path, attribute: str) -> object:
     if not path.is_file():
         raise ConfigError(f"--gopo.env {name}: no such file: {path}")
     spec = importlib.util.spec_from_file_location(f"gopo_env_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # a .py path always has both
+    assert spec is not None  # a .py path always has a spec
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, attribute):

@@ -21,7 +21,7 @@ SPLITS = ("train", "heldout")
 
 
 class Dialogue(ABC):
-    """One conversation: read ``opening``, then alternate ``briefing`` and ``step`` until an outcome has a stop reason."""
+    """One conversation: read ``opening``, then alternate ``briefing`` and ``step`` until an outcome stops it."""
 
     opening: Observation
 

@@ -37,10 +37,26 @@ STRATEGIES = (
 # fmt: on
 
 # What the desk can know: told by the customer, or found in its own systems.
-FACTS = ("need", "use", "budget", "identity", "order_id", "photo", "address", "coupon", "order_found", "payment_checked")
+FACTS = (
+    "need",
+    "use",
+    "budget",
+    "identity",
+    "order_id",
+    "photo",
+    "address",
+    "coupon",
+    "order_found",
+    "payment_checked",
+)
 
 _COMMON = ("clarify", "apologise", "offer_coupon", "close")
 _SALE = ("invite_to_buy", "suggest_extra")
+_IDS = ("verify_identity", "ask_order_id")
+_PRESALE = ("ask_use", "ask_budget", "recommend", "compare", "check_stock", "explain_warranty")
+_AFTER_SALE = ("give_refund", "send_replacement", "trace_parcel", "change_address")
+_ORDERS = (*_IDS, "look_up_order", "ask_photo", "explain_policy", "ask_address", *_AFTER_SALE)
+_PAYMENT = (*_IDS, "ask_coupon", "check_coupon", "check_payment", "suggest_payment", "give_refund")
 
 SOP = Sop(
     name="shop",
@@ -48,7 +64,8 @@ SOP = Sop(
     facts=FACTS,
     terminal=("close",),
     rules=(
-        Rule("clarify", max_uses=2, no_repeat=True),
+        *(Rule(strategy.id, without_facts=strategy.asks) for strategy in STRATEGIES if strategy.asks),
+        Rule("clarify", no_repeat=True),
         Rule("apologise", max_uses=2, no_repeat=True),
         Rule("offer_coupon", max_uses=2, no_repeat=True),
         Rule("recommend", requires_facts=("need",), max_uses=3),
@@ -67,33 +84,38 @@ SOP = Sop(
         Rule("change_address", requires_facts=("order_found", "address"), max_uses=3),
         Rule("ask_coupon", requires_facts=("need",), max_uses=2),
         Rule("check_coupon", requires_facts=("coupon",), max_uses=2),
-        Rule("check_payment", requires_facts=("order_id",), max_uses=3),
+        Rule("check_payment", requires_facts=("need", "order_id"), max_uses=3),
         Rule("suggest_payment", requires_facts=("need",), max_uses=2),
     ),
     parts=(
         Part(
             "presale",
-            (*_COMMON, *_SALE, "ask_use", "ask_budget", "recommend", "compare", "check_stock", "explain_warranty"),
+            (*_COMMON, *_SALE, *_PRESALE),
             rules=(
                 Rule("invite_to_buy", after_any=("recommend", "compare", "check_stock")),
-                Rule("close", after_any=("recommend", "compare", "check_stock", "explain_warranty")),
+                Rule(
+                    "offer_coupon", after_any=("ask_budget", "recommend", "compare", "check_stock", "explain_warranty")
+                ),
+                Rule("close", after=("invite_to_buy",)),
             ),
         ),
         Part(
             "orders",
-            (*_COMMON, "verify_identity", "ask_order_id", "look_up_order", "ask_photo", "explain_policy")
-            + ("give_refund", "send_replacement", "trace_parcel", "ask_address", "change_address"),
-            rules=(Rule("give_refund", requires_facts=("order_found",), after=("explain_policy",)),),
+            (*_COMMON, *_ORDERS),
+            rules=(
+                Rule("give_refund", requires_facts=("order_found",), after=("explain_policy",)),
+                Rule("offer_coupon", after=("look_up_order",)),
+            ),
             mandatory=("look_up_order",),
         ),
         Part(
             "payment",
-            (*_COMMON, *_SALE, "verify_identity", "ask_order_id", "ask_coupon", "check_coupon")
-            + ("check_payment", "suggest_payment", "give_refund"),
+            (*_COMMON, *_SALE, *_PAYMENT),
             rules=(
                 Rule("give_refund", requires_facts=("payment_checked",)),
                 Rule("invite_to_buy", after_any=("suggest_payment", "check_coupon")),
-                Rule("close", after_any=("check_payment", "check_coupon", "suggest_payment")),
+                Rule("offer_coupon", after_any=("ask_coupon", "suggest_payment")),
+                Rule("close", after_any=("invite_to_buy", "give_refund")),
             ),
         ),
     ),

@@ -42,25 +42,24 @@ FAMILIES: Mapping[str, tuple[int, tuple[str, str]]] = {
 
 # persona -> (patience in turns of nuisance, trust 0..1, price sensitivity 0..1, chance to tell facts unasked)
 PERSONAS: Mapping[str, tuple[float, float, float, float]] = {
-    "calm": (4.5, 0.65, 0.3, 0.4),
-    "hurried": (2.5, 0.6, 0.3, 0.8),
-    "worried": (4.0, 0.4, 0.4, 0.4),
-    "thrifty": (4.0, 0.55, 0.9, 0.4),
-    "doubtful": (4.0, 0.3, 0.5, 0.1),
-    "loyal": (5.0, 0.85, 0.25, 0.4),
-    "chatty": (4.5, 0.6, 0.5, 0.9),
-    "angry": (2.5, 0.4, 0.45, 0.3),
+    "calm": (4.7, 0.60, 0.3, 0.4),
+    "hurried": (2.7, 0.55, 0.3, 0.8),
+    "worried": (4.2, 0.35, 0.4, 0.4),
+    "thrifty": (4.2, 0.50, 0.9, 0.4),
+    "doubtful": (4.2, 0.25, 0.5, 0.1),
+    "loyal": (5.2, 0.80, 0.25, 0.4),
+    "chatty": (4.7, 0.55, 0.5, 0.9),
+    "angry": (2.7, 0.35, 0.45, 0.3),
 }
-UPSET_PERSONAS = ("worried", "angry")
 
 NAMES = ("Ana", "Ben", "Chloe", "Dan", "Eva", "Finn", "Gita", "Hugo", "Ines", "Jon", "Kim", "Leo", "Mia", "Noor")
 STREETS = ("Oak", "Hill", "Lake", "Park", "Mill", "Rose", "Elm", "Bay")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
 CITIES = ("Paris", "Rome", "Oslo", "Lyon", "Bern", "Porto")
-STATUSES = ("on its way", "delivered", "packed", "sent")
+STATUSES = {"late": ("on its way", "sent"), "address": ("on its way", "packed")}  # of other tasks: delivered
 FAULTS = ("the card limit", "an old card", "a wrong code", "a bank block")
 REASONS = ("expired", "used already", "not for this item", "only for new customers")
-METHODS = ("bank transfer", "another card", "a gift card", "pay later")
+METHODS = ("bank transfer", "another card", "a gift card", "cash")
 EXTRAS = ("a cover", "a cable", "a cloth", "a stand")
 
 
@@ -87,6 +86,9 @@ def _goal(task: str, family: str, persona: str, variant: int, split: str) -> Goa
     rng = random.Random(f"{SEED}/{id_}")
     patience, trust, price_sensitivity, talk = PERSONAS[persona]
     data = _slots(rng, family)
+    data["status"] = rng.choice(STATUSES.get(task, ("delivered",)))
+    if task == "charged_twice":
+        data["fault"] = "two payments"
     regular = rng.random() < trust  # a public hint at a hidden trait: those who trust the shop have bought before
     return Goal(
         id=id_,
@@ -119,7 +121,7 @@ def _slots(rng: random.Random, family: str) -> dict[str, str | int]:
         **{"family": family, "use": rng.choice(uses), "item": item, "other": other, "best": best},
         **{"price": price, "other_price": price + rng.randrange(4, 12), "best_price": price + rng.randrange(12, 30)},
         **{"off": off, "total": price - off, "code": f"S{rng.randrange(10, 100)}", "budget": price + 3},
-        **{"order_id": order, "new_order": new_order, "status": rng.choice(STATUSES)},
+        **{"order_id": order, "new_order": new_order},
         **{"day": DAYS[day], "later": DAYS[later], "city": rng.choice(CITIES), "years": rng.randrange(2, 6)},
         **{"limit": rng.choice((14, 30, 60)), "fee": fee, "refund": price - fee},
         **{"coupon": f"Q{rng.randrange(10, 100)}", "reason": rng.choice(REASONS), "fault": rng.choice(FAULTS)},

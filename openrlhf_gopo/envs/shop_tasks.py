@@ -1,8 +1,7 @@
 """The shop's ten tasks: for each, the steps that a full service takes and what each step is worth.
 
-A *mark* is something achieved: a fact told (``order_id``), or a result delivered (``refunded``). A mark with a weight is
-a subgoal. ``needs`` are marks without which the step cannot work; ``better_after`` are marks without which the desk puts
-the step on hold the first times it is tried (identity not verified).
+A *mark* is something achieved: a fact told (``order_id``), or a result delivered (``refunded``). A mark with a weight
+is a subgoal.
 """
 
 from __future__ import annotations
@@ -12,21 +11,27 @@ from dataclasses import dataclass
 
 WRAPPED = "wrapped_up"
 
+# The desk puts these on hold, for every task, until the customer's identity is verified.
+NEEDS_IDENTITY = frozenset({"give_refund", "send_replacement", "change_address", "check_payment"})
+
 
 @dataclass(frozen=True)
 class Step:
-    """``strategy`` achieves ``mark``, worth ``weight`` (0: only a means)."""
+    """``strategy`` achieves ``mark``, worth ``weight`` (0: only a means), once the marks in ``needs`` are there."""
 
     strategy: str
     mark: str
     weight: float = 0.0
     needs: tuple[str, ...] = ()
-    better_after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Task:
-    """``upset``: the shop is at fault, so an apology is due. ``told``: facts a talkative customer gives at once."""
+    """What one kind of customer wants.
+
+    ``upset``: the shop is at fault, so an apology is due. ``told``: facts, none of them a subgoal, that a talkative
+    customer gives at once.
+    """
 
     desk: str
     steps: tuple[Step, ...]
@@ -44,7 +49,6 @@ class Task:
 _NEED = Step("clarify", "need")
 _CLOSE = Step("close", WRAPPED, 0.1)
 _ORDER_ID = Step("ask_order_id", "order_id")
-_ID = ("identity",)
 
 
 def _find_order(weight: float) -> Step:
@@ -56,13 +60,12 @@ TASKS: Mapping[str, Task] = {
         "presale",
         (
             _NEED,
-            Step("ask_use", "use", 0.1),
-            Step("ask_budget", "budget", 0.1),
-            Step("recommend", "item_found", 0.3, needs=("use", "budget")),
-            Step("invite_to_buy", "bought", 0.4, needs=("item_found",)),
+            Step("ask_use", "use", 0.15),
+            Step("ask_budget", "budget", 0.15),
+            Step("recommend", "item_found", 0.25, needs=("use", "budget")),
+            Step("invite_to_buy", "bought", 0.35, needs=("item_found",)),
             _CLOSE,
         ),
-        told=("use",),
     ),
     "choice": Task(
         "presale",
@@ -70,8 +73,8 @@ TASKS: Mapping[str, Task] = {
             _NEED,
             Step("ask_use", "use"),
             Step("compare", "compared", 0.3, needs=("use",)),
-            Step("check_stock", "stock_known", 0.15),
-            Step("invite_to_buy", "bought", 0.45, needs=("compared", "stock_known")),
+            Step("check_stock", "stock_known", 0.25),
+            Step("invite_to_buy", "bought", 0.35, needs=("compared", "stock_known")),
             _CLOSE,
         ),
         told=("use",),
@@ -80,9 +83,9 @@ TASKS: Mapping[str, Task] = {
         "presale",
         (
             _NEED,
-            Step("explain_warranty", "warranty_known", 0.25),
-            Step("check_stock", "stock_known", 0.2),
-            Step("invite_to_buy", "bought", 0.45, needs=("warranty_known", "stock_known")),
+            Step("explain_warranty", "warranty_known", 0.3),
+            Step("check_stock", "stock_known", 0.25),
+            Step("invite_to_buy", "bought", 0.35, needs=("warranty_known", "stock_known")),
             _CLOSE,
         ),
     ),
@@ -91,8 +94,8 @@ TASKS: Mapping[str, Task] = {
         (
             _NEED,
             _ORDER_ID,
-            _find_order(0.2),
-            Step("trace_parcel", "traced", 0.4, needs=("order_found",)),
+            _find_order(0.25),
+            Step("trace_parcel", "traced", 0.35, needs=("order_found",)),
             Step("offer_coupon", "made_good", 0.3, needs=("traced",)),
             _CLOSE,
         ),
@@ -105,9 +108,9 @@ TASKS: Mapping[str, Task] = {
             _NEED,
             Step("verify_identity", "identity", 0.1),
             _ORDER_ID,
-            _find_order(0.15),
-            Step("explain_policy", "terms_known", 0.2),
-            Step("give_refund", "refunded", 0.45, needs=("order_found", "terms_known"), better_after=_ID),
+            _find_order(0.2),
+            Step("explain_policy", "terms_known", 0.25),
+            Step("give_refund", "refunded", 0.35, needs=("order_found", "terms_known")),
             _CLOSE,
         ),
         told=("order_id",),
@@ -116,12 +119,12 @@ TASKS: Mapping[str, Task] = {
         "orders",
         (
             _NEED,
-            Step("apologise", "cared_for", 0.1),
+            Step("apologise", "cared_for", 0.15),
             Step("verify_identity", "identity"),
             _ORDER_ID,
-            _find_order(0.15),
-            Step("ask_photo", "photo", 0.15),
-            Step("send_replacement", "replaced", 0.5, needs=("order_found", "photo"), better_after=_ID),
+            _find_order(0.2),
+            Step("ask_photo", "photo", 0.2),
+            Step("send_replacement", "replaced", 0.35, needs=("order_found", "photo")),
             _CLOSE,
         ),
         upset=True,
@@ -133,9 +136,9 @@ TASKS: Mapping[str, Task] = {
             _NEED,
             Step("verify_identity", "identity", 0.1),
             _ORDER_ID,
-            _find_order(0.15),
-            Step("ask_address", "address", 0.15),
-            Step("change_address", "address_changed", 0.5, needs=("order_found", "address"), better_after=_ID),
+            _find_order(0.2),
+            Step("ask_address", "address", 0.25),
+            Step("change_address", "address_changed", 0.35, needs=("order_found", "address")),
             _CLOSE,
         ),
         told=("order_id",),
@@ -146,9 +149,9 @@ TASKS: Mapping[str, Task] = {
             _NEED,
             _ORDER_ID,
             Step("verify_identity", "identity"),
-            Step("check_payment", "payment_checked", 0.25, needs=("order_id",), better_after=_ID),
+            Step("check_payment", "payment_checked", 0.3, needs=("order_id",)),
             Step("suggest_payment", "other_way", 0.25, needs=("payment_checked",)),
-            Step("invite_to_buy", "bought", 0.4, needs=("other_way",)),
+            Step("invite_to_buy", "bought", 0.35, needs=("other_way",)),
             _CLOSE,
         ),
         told=("order_id",),
@@ -157,10 +160,10 @@ TASKS: Mapping[str, Task] = {
         "payment",
         (
             _NEED,
-            Step("ask_coupon", "coupon", 0.1),
+            Step("ask_coupon", "coupon", 0.15),
             Step("check_coupon", "coupon_checked", 0.25, needs=("coupon",)),
             Step("offer_coupon", "new_coupon", 0.2, needs=("coupon_checked",)),
-            Step("invite_to_buy", "bought", 0.35, needs=("new_coupon",)),
+            Step("invite_to_buy", "bought", 0.3, needs=("new_coupon",)),
             _CLOSE,
         ),
     ),
@@ -169,9 +172,9 @@ TASKS: Mapping[str, Task] = {
         (
             _NEED,
             _ORDER_ID,
-            Step("verify_identity", "identity", 0.1),
-            Step("check_payment", "payment_checked", 0.3, needs=("order_id",), better_after=_ID),
-            Step("give_refund", "refunded", 0.5, needs=("payment_checked",)),
+            Step("verify_identity", "identity", 0.2),
+            Step("check_payment", "payment_checked", 0.3, needs=("order_id",)),
+            Step("give_refund", "refunded", 0.4, needs=("payment_checked",)),
             _CLOSE,
         ),
         upset=True,

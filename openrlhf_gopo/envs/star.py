@@ -127,10 +127,10 @@ def _context(record: Record, manual: Manual) -> str:
     slots = list(dict.fromkeys(manual.asks.values()))
     needed = [slot for slot in slots if slot in manual.task.required]
     other = [slot for slot in slots if slot not in needed]
-    lines = [record.wizard_task, f"Task: {manual.task.id.replace('_', ' ')}."]
+    lines = [" ".join(record.wizard_task.split()).rstrip(".") + ".", f"Task: {manual.task.id.replace('_', ' ')}."]
     lines += [f"The tool needs: {', '.join(map(_words, needed))}."] if needed else []
     lines += [f"It also takes: {', '.join(map(_words, other))}."] if other else []
-    return " ".join(line for line in lines if line)
+    return " ".join(lines)
 
 
 def _words(slot: str) -> str:

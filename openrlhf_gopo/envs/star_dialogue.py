@@ -17,6 +17,8 @@ from openrlhf_gopo.users.replay import Answer, ReplayUser
 ENGAGEMENT = {"own": 1.0, "value": 1.0, "pool": 0.8, "generic": 0.8}
 OFF_TASK = {"own": 0.4, "value": 0.4, "pool": 0.3, "generic": 0.1}
 LONG = 6  # words; a longer value need not stand in a reply verbatim
+# Said while a later query runs, so that a dialogue of several rounds does not repeat itself.
+AGAIN = ("Sure, I will check that for you.", "Of course. Just a second.", "Let me have a look.")
 # The item's field behind a template's placeholder, where it is not the same name; the first the item has.
 FIELDS = {
     "balance": ("BankBalance",), "temperature": ("TemperatureCelsius",), "pois": ("NearbyPOIs",),
@@ -62,8 +64,9 @@ class StarDialogue(Dialogue):
         lines = [f"Say: {describe(self._manual.templates[strategy])}"]
         result = self._result()
         if result is not None and strategy in self._manual.reports:
-            shown = [f"{key}: {_text(value)}" for key, value in self._item().items() if _text(value)]
-            lines.append(f"Tool result: {'; '.join(shown) or 'nothing found'}.")
+            item = {key: self._shown(value, strategy) for key, value in self._item().items()}
+            shown = [f"{key}: {value}" for key, value in item.items() if value]
+            lines.append(f"Tool result: {'; '.join(shown) or 'nothing found'}")
         return "\n".join(lines)
 
     def expected(self, strategy: str) -> tuple[str, ...]:
@@ -71,20 +74,17 @@ class StarDialogue(Dialogue):
         if self._result() is None or strategy not in self._manual.reports:
             return ()
         reply = self.reference_reply(strategy)
-        values = [_text(value) for value in self._item().values() if not isinstance(value, bool)]
-        return tuple(
-            dict.fromkeys(
-                v for v in values if v and len(v.split()) <= LONG and re.search(rf"(?<!\w){re.escape(v)}(?!\w)", reply)
-            )
-        )
+        values = [str(value) for value in self._item().values() if isinstance(value, (str, int, float))]
+        stated = [v for v in values if re.search(rf"(?<!\w){re.escape(v)}(?!\w)", reply) and len(v.split()) <= LONG]
+        return tuple(dict.fromkeys(v for v in stated if v not in ("", "True", "False")))
 
     def reference_reply(self, strategy: str) -> str:
         """What the human wizard said under ``strategy`` after the same result, else the filled template."""
-        own = [b.text for b in self._script.beats if b.label == strategy and b.segment == self._segment and b.text]
-        if own and strategy in self._manual.reports:
-            return own[min(self._replayed.count(strategy), len(own) - 1)]
+        own = self._human(strategy)
+        if strategy in self._manual.queries.values() and self._segment:
+            own = AGAIN[(self._segment - 1) % len(AGAIN)]
         template = " ".join(self._manual.templates[strategy].split())
-        return re.sub(r"\{(\w+):?\w*\}", lambda match: self._fill(match.group(1)), template)
+        return own or re.sub(r"\{(\w+):?\w*\}", lambda match: self._fill(match.group(1), strategy), template)
 
     def relevance(self) -> Mapping[str, int]:
         """3: of the required steps, the one the human wizard took next. 2: another required step. 1: an unused
@@ -161,7 +161,7 @@ class StarDialogue(Dialogue):
         if slot is not None and slot in self._needs():
             return self._user.tell(strategy, slot, self._values()), [], []
         if self._done() and strategy == MORE:
-            return self._closing(strategy), [], []
+            return self._last_words(strategy), [], []
         return self._user.react(strategy, self._segment, self._values()), [], []
 
     def _query(self) -> tuple[Answer, list[str], list[str]]:
@@ -183,7 +183,7 @@ class StarDialogue(Dialogue):
         if self._owed:
             return self._user.react(strategy, self._segment, self._values())
         if self._done():
-            return self._closing(strategy)
+            return self._last_words(strategy)
         upcoming = self._script.rounds[self._segment]
         told = frozenset(upcoming.needs) - upcoming.extra
         if upcoming.extra:  # the user answers those questions later
@@ -192,10 +192,9 @@ class StarDialogue(Dialogue):
             answer = self._user.go_on(strategy, self._segment, self._values())
         return Answer(answer.text, answer.source, answer.tells | told)
 
-    def _closing(self, strategy: str) -> Answer:
-        """The user's last words. Where later rounds were cut, their own words would ask for more."""
-        own = not self._script.cut and any(s.after == strategy for s in self._script.said)
-        return self._user.react(strategy, self._segment, self._values()) if own else self._user.closing()
+    def _last_words(self, strategy: str) -> Answer:
+        """All is done. Where later rounds were cut, the user's own words would ask for more."""
+        return self._user.closing(strategy, None if self._script.cut else self._segment)
 
     # -- what holds now --------------------------------------------------------------------------------------------
 
@@ -251,19 +250,26 @@ class StarDialogue(Dialogue):
             values.update(current.needs)
         return values
 
-    def _fill(self, name: str) -> str:
+    def _human(self, strategy: str) -> str:
+        """The human wizard's words under the report ``strategy`` after the same result; "" when there are none."""
+        own = [b.text for b in self._script.beats if b.label == strategy and b.segment == self._segment]
+        used = strategy in self._manual.reports and own
+        return own[min(self._replayed.count(strategy), len(own) - 1)] if used else ""
+
+    def _shown(self, value: Any, strategy: str) -> str:
+        """A tool value as the agent reads it. Of a list (directions), the step the human gave, else the next one."""
+        if not isinstance(value, list) or not value:
+            return "" if value is None or value == [] else str(value)
+        human = self._human(strategy)
+        said = [str(step) for step in value if str(step).rstrip(".") in human]
+        return said[0] if said else str(value[min(self._replayed.count(strategy), len(value) - 1)])
+
+    def _fill(self, name: str, strategy: str) -> str:
         """The value for a template's placeholder: from the result, else from what the user told, else its name."""
         known = {key.casefold(): value for key, value in self._values().items() if key in self._told}
         known |= {key.casefold(): value for key, value in self._item().items()}
         for key in (*FIELDS.get(name, ()), name.replace("_", "")):
-            value = known.get(key.casefold())
-            if isinstance(value, list) and value:
-                return str(value[min(len(self._replayed), len(value) - 1)])
-            if value not in (None, "", []):
-                return _text(value)
+            value = self._shown(known.get(key.casefold()), strategy)
+            if value:
+                return value
         return name.replace("_", " ")
-
-
-def _text(value: Any) -> str:
-    """A tool value as the agent reads it."""
-    return " / ".join(map(str, value)) if isinstance(value, list) else str(value)

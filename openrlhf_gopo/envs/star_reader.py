@@ -109,7 +109,7 @@ def _tasks(root: Path) -> Iterator[Task]:
 def _object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; {LAYOUT}")
-    return _parse(path.read_text(encoding="utf-8"), str(path), 1)
+    return _parse(path.read_bytes(), str(path), 1)
 
 
 def _documents(root: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -117,18 +117,21 @@ def _documents(root: Path) -> Iterator[tuple[dict[str, Any], str]]:
     for path in sorted(root.glob("dialogues/*.json"), key=lambda p: (len(p.name), p.name)):
         yield _object(path), f"{path}:1"
     for path in sorted(root.glob("dialogues*.jsonl")):
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _parse(line, str(path), number), f"{path}:{number}"
+                    yield _parse(line.rstrip(), str(path), number), f"{path}:{number}"
 
 
-def _parse(text: str, path: str, first_line: int) -> dict[str, Any]:
+def _parse(text: bytes, path: str, first_line: int) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise DataError(f"{path}:{line}:column {error.colno}: not JSON ({error.msg}); restore the file") from error
+    except UnicodeDecodeError as error:
+        line = first_line + text.count(b"\n", 0, error.start)
+        raise DataError(f"{path}:{line}:byte {error.start}: not UTF-8 ({error.reason}); restore the file") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}:{first_line}: expected a JSON object, got {type(value).__name__}")
     return value

@@ -2,7 +2,8 @@
 
 Humans do not follow STAR's graphs step by step, so the graph gives preconditions, not the next node: an ask is always
 allowed, a query needs the slots its API requires, a report needs a result of the kind it reports. Where the graph is
-silent about a report, the results after which the wizards of that task used it decide.
+silent about a report, the results after which the wizards of that task used it decide. The graph's "yes" and "no" are
+the user's wish, which the dialogue supplies as a fact: a query, or a booking, is allowed while the user wants one.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Manual:
     sop: Sop
 
     def facts(self, told: Collection[str], result: Result | None, pending: bool, request: str | None) -> set[str]:
-        """The SOP's facts: the slots told, what may follow the result, whether it was reported, the query that is due."""
+        """The SOP's facts: the slots told, what may follow the result, whether it was reported, the query due."""
         facts = set(told) | {f"may:{label}" for label, after in self.reports.items() if result in after}
         facts.update([f"due:{request}"] if request else [])
         facts.update(["reported"] if result and not pending else [])
@@ -138,22 +139,23 @@ def _words(text: str) -> set[str]:
 def write_manual(task: Task, records: Iterable[Record]) -> Manual:
     """The manual of ``task``, from its graph and from what the wizards of ``records`` (all of this task) did."""
     used, after = _observed(task, records)
-    said = {k: v for k, v in task.replies.items() if k in task.written or k in used}
+    uttered = {*task.written, *used, *(label for label in task.replies if label.endswith("nothing_found"))}
+    said = {k: v for k, v in task.replies.items() if k in uttered}
     said = {k: v for k, v in said.items() if k not in SHARED and not re.fullmatch(r"goodbye_\d+|(\w+_)?bye", k)}
     asks = {label: slot for label in said if (slot := slot_of(label, task.inputs))}
+    queries = {"check": "query_check" if "query_check" in task.replies else "query"}
+    queries |= {"book": "query_book"} if "query_book" in task.replies else {}
     closers = _closers(task, said)
     reports: dict[str, set[Result]] = {}
     for label, template in said.items():
         results = {result for result, labels in closers.items() if label in labels}
         seen, total = after[label], used[label]
         late = 2 * sum(seen.values()) >= total if total else "{" in template
-        if label in asks or not (results or late):
+        early = task.graph.get(label) in QUERIES  # it leads to a query
+        if label in asks or not (results or (late and not early)):
             continue
-        results |= {r for r, n in seen.items() if n >= max(2, total / 10)}
-        reports[label] = results or {("check", "ok"), ("book", "ok")}
-    booked = "query_book" in task.replies
-    queries = {"check": "query_check" if "query_check" in task.replies else "query"}
-    queries |= {"book": "query_book"} if booked else {}
+        observed = {r for r, n in seen.items() if n >= max(2, total / 10)}
+        reports[label] = results or observed or {(part, "ok") for part in queries}
     _complete(closers, reports, after, queries)
     strategies, templates = _catalogue(task, said, asks, queries)
     return Manual(
@@ -215,13 +217,19 @@ def _complete(
     after: Mapping[str, Counter[Result]],
     queries: Iterable[str],
 ) -> None:
-    """Give every kind of result the graph is silent about the report that the wizards used most, else any report."""
-    for result in [(part, outcome) for part in queries for outcome in ("ok", "fail", "empty")]:
-        if result not in closers:
+    """Find a report for every kind of result the graph is silent about.
+
+    The one that the wizards used most then; else what follows its like: the check's, and for nothing found a failure's.
+    """
+    for outcome in ("ok", "fail", "empty"):
+        for part in sorted(queries, reverse=True):  # the check first
+            result = (part, outcome)
             best = max(reports, key=lambda label: after[label][result], default="")
-            closers[result] = (best,) if best and after[best][result] else tuple(reports)
-        for label in closers[result]:
-            reports[label].add(result)
+            observed = (best,) if best and after[best][result] else ()
+            like = closers.get(("check", outcome)) or closers.get((part, "fail")) or tuple(reports)
+            closers[result] = closers.get(result) or observed or like
+            for label in closers[result]:
+                reports[label].add(result)
 
 
 def _catalogue(

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import os
 
-from openrlhf_gopo.platform import cuda, deepspeed, environment, flash_attn, imports, media, weights
+from openrlhf_gopo.platform import children, cuda, deepspeed, environment, flash_attn, imports, media, weights
 from openrlhf_gopo.platform.environment import SWITCH, is_cpu
 from openrlhf_gopo.platform.flags import FLAG_DEFAULTS, check_flags
 
 __all__ = ["FLAG_DEFAULTS", "activate", "activate_in_engine", "check_flags", "is_cpu", "ray_runtime_env"]
 
 PATCHES = {
+    "multiprocessing.spawn": children.activate_spawned,
     "torch": cuda.stand_in,
     "deepspeed.ops": deepspeed.skip_shared_memory_op,
     "openrlhf.utils.deepspeed.deepspeed": deepspeed.adapt_strategy,
     "openrlhf.utils.distributed_util": weights.send_over_gloo,
     "openrlhf.trainer.ray.vllm_worker_wrap": weights.reload_on_last_tensor,
+    "vllm.model_executor.models.registry": children.inspect_models_in_process,
 }
 CONTEXTS = {"openrlhf.models.ring_attn_utils": flash_attn.stand_ins}
 

@@ -1,81 +1,22 @@
 """Runs dialogues inside upstream's rollout actors, next to the responder's vLLM engine.
 
 ``RolloutRayActor`` loads this file by path and builds ``AgentExecutor()`` without arguments (OpenRLHF 0.11.2,
-vllm_engine.py:17), so everything a dialogue needs arrives with its request, in upstream's ``label``.
+vllm_engine.py:17), so everything a dialogue needs arrives with its request, in upstream's ``label``. The loader leaves
+``sys.modules`` alone: classes that are pickled or are dataclasses live in other modules.
 """
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from openrlhf.utils.agent import AgentExecutorBase
 from vllm import SamplingParams
 
 from openrlhf_gopo.config import EXPERT, RESPONDER
-from openrlhf_gopo.envs import Environment, load_environment
-from openrlhf_gopo.policy.two_level import TwoLevelPolicy
-from openrlhf_gopo.rollout.dialogue import Limits, run_dialogue
+from openrlhf_gopo.rollout.dialogue import run_dialogue
 from openrlhf_gopo.rollout.engine import Generate, Generation, Sampling
-from openrlhf_gopo.types import Goal, StopReason, Trajectory
-
-
-@dataclass(frozen=True)
-class PolicySpec:
-    """What identifies environment and policy in every process: names and paths, cheap to send and to hash."""
-
-    env: str
-    data: str | None
-    expert_path: str
-    responder_path: str
-    labels: str | None
-    use_fast: bool = True
-
-
-@dataclass
-class DialogueRequest:
-    """One group: K dialogues about ``goal``. ``expert_engine`` is None when one engine serves both roles."""
-
-    goal: Goal
-    spec: PolicySpec
-    limits: Limits
-    seed: int
-    common_random_numbers: bool
-    attempts: int
-    expert_engine: Any = None
-    _claimed: int = field(default=0, repr=False)
-
-    def claim(self) -> int:
-        """The next sample index: upstream starts K executions with one and the same request."""
-        self._claimed += 1
-        return self._claimed - 1
-
-    def dialogue_seed(self, sample: int) -> int:
-        """Seed of the user simulator: of (run, goal, sample), or of (run, goal) with common random numbers."""
-        key = f"{self.seed}:{self.goal.id}:{0 if self.common_random_numbers else sample}"
-        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
-
-
-@lru_cache(maxsize=2)
-def build_policy(spec: PolicySpec) -> tuple[Environment, TwoLevelPolicy]:
-    """Load environment, tokenizers and templates once per process.
-
-    Raises:
-        ConfigError, DataError, StreamError: the spec names something unusable.
-    """
-    from openrlhf.utils import get_tokenizer
-
-    env = load_environment(spec.env, spec.data)
-    responder = get_tokenizer(spec.responder_path, None, "left", None, spec.use_fast)
-    shared = spec.expert_path == spec.responder_path
-    expert = responder if shared else get_tokenizer(spec.expert_path, None, "left", None, spec.use_fast)
-    catalogues = {
-        id(c): c for c in (env.catalogue(goal) for split in ("train", "heldout") for goal in env.goals(split))
-    }
-    size = max(len(c) for c in catalogues.values())
-    return env, TwoLevelPolicy(expert, responder, size, spec.labels)
+from openrlhf_gopo.runtime.requests import DialogueRequest, build_policy
+from openrlhf_gopo.types import StopReason, Trajectory
 
 
 class AgentExecutor(AgentExecutorBase):

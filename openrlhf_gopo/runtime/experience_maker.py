@@ -1,4 +1,4 @@
-"""From a batch of dialogues to advantages: the preference loss for the expert, upstream's estimators for the responder."""
+"""From dialogues to advantages: the preference loss for the expert, upstream's estimators for the responder."""
 
 from __future__ import annotations
 

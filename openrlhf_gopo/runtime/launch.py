@@ -20,15 +20,16 @@ from openrlhf_gopo.rewards.joint import parse_weights
 from openrlhf_gopo.rollout.dialogue import Limits
 from openrlhf_gopo.runtime import agent
 from openrlhf_gopo.runtime.models import RolePolicyActor, RoleReferenceActor
+from openrlhf_gopo.runtime.requests import PolicySpec, build_policy
 from openrlhf_gopo.runtime.roles import Role, make_roles
 from openrlhf_gopo.runtime.samples_generator import RolloutSpec
 from openrlhf_gopo.runtime.trainer import GOPOTrainer
 from openrlhf_gopo.types import Trajectory
 
 
-def policy_spec(args: SimpleNamespace, config: GopoConfig) -> agent.PolicySpec:
+def policy_spec(args: SimpleNamespace, config: GopoConfig) -> PolicySpec:
     """Environment and tokenizers by name."""
-    return agent.PolicySpec(
+    return PolicySpec(
         config.env,
         config.data,
         (args.actor if config.sharing == "shared" else args.expert).model_name_or_path,
@@ -56,7 +57,7 @@ def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str,
     init_ray(args, config)
     roles = make_roles(args, config)
     place(roles, args, config)
-    env, policy = agent.build_policy(policy_spec(args, config))
+    env, policy = build_policy(policy_spec(args, config))
     spec = rollout_spec(args, config, env.max_turns)
     fast = not args.data.disable_fast_tokenizer
     tokenizers = {
@@ -91,12 +92,18 @@ def init_ray(args: SimpleNamespace, config: GopoConfig) -> None:
     }
     runtime_env: dict[str, Any] = {"env_vars": env_vars}
     if not platform.is_cpu():
-        ray.init(runtime_env=runtime_env)
+        ray.init(runtime_env=runtime_env, log_to_driver=config.worker_logs)
         return
     cpu = platform.ray_runtime_env()
     cpu["env_vars"] = {**env_vars, **cpu["env_vars"]}
     gpus = logical_gpus(args, config)
-    ray.init(num_gpus=gpus, num_cpus=max(16, 2 * gpus), include_dashboard=False, runtime_env=cpu)
+    ray.init(
+        num_gpus=gpus,
+        num_cpus=max(16, 2 * gpus),
+        include_dashboard=False,
+        runtime_env=cpu,
+        log_to_driver=config.worker_logs,
+    )
 
 
 def logical_gpus(args: SimpleNamespace, config: GopoConfig) -> int:

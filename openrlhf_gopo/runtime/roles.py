@@ -39,6 +39,8 @@ def role_args(args: SimpleNamespace, role: str, config: GopoConfig) -> SimpleNam
     if role == EXPERT:
         own.actor = deepcopy(args.expert)
         own.critic.model_name_or_path = None
+        if own.actor.entropy_coef is None:  # upstream: 0 means log it; a categorical's entropy costs nothing
+            own.actor.entropy_coef = 0.0
         own.vllm.num_engines = config.expert_num_engines or args.vllm.num_engines
         own.vllm.gpu_memory_utilization = config.expert_gpu_memory_utilization or args.vllm.gpu_memory_utilization
     own.ckpt.path = os.path.join(args.ckpt.path, role)

@@ -17,7 +17,7 @@ from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.errors import DialogueError
 from openrlhf_gopo.evaluation.records import append_trajectory
 from openrlhf_gopo.rollout.dialogue import Limits
-from openrlhf_gopo.runtime.agent import DialogueRequest, PolicySpec
+from openrlhf_gopo.runtime.requests import DialogueRequest, PolicySpec
 from openrlhf_gopo.runtime.samples import DialogueSample
 from openrlhf_gopo.types import Goal, Trajectory
 

@@ -247,7 +247,7 @@ class GOPOTrainer(BasePPOTrainer):
         kept = [s for s in samples if not s.quarantined]
         summary = summarise([s.trajectory for s in samples])
         status: dict[str, Any] = {f"rollout/{key}": interval.mean for key, interval in summary.metrics.items()}
-        status |= {f"rollout/stop_{key}": share for key, share in summary.stops.items()}
+        status |= {f"rollout/stop/{key}": share for key, share in summary.stops.items()}
         status["rollout/failures"] = float(len(samples) - len(kept))
         for role in self.learners:
             lengths = [len(s.trajectory.streams[role].tokens) for s in kept]
@@ -258,4 +258,4 @@ class GOPOTrainer(BasePPOTrainer):
         record = {"global_step": global_step, "time": time.time(), **status}
         with (self.results / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
-        logger.info("step %d: %s", global_step, {k: v for k, v in status.items() if isinstance(v, (int, float))})
+        logger.debug("step %d: %s", global_step, status)

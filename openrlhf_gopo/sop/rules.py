@@ -23,12 +23,14 @@ from openrlhf_gopo.errors import SopError
 class Rule:
     """Conditions under which ``strategy`` may be used. All of them hold, or it is not allowed.
 
-    ``requires_facts``: facts that must be known. ``after``: strategies that must all have been used; ``after_any``: at
-    least one of them; ``not_after``: none of them. ``max_uses``: per dialogue. ``no_repeat``: not twice in a row.
+    ``requires_facts``: facts that must be known; ``without_facts``: facts that must not be (do not ask what is known).
+    ``after``: strategies that must all have been used; ``after_any``: at least one of them; ``not_after``: none of
+    them. ``max_uses``: per dialogue. ``no_repeat``: not twice in a row.
     """
 
     strategy: str
     requires_facts: tuple[str, ...] = ()
+    without_facts: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     after_any: tuple[str, ...] = ()
     not_after: tuple[str, ...] = ()
@@ -40,6 +42,9 @@ class Rule:
         missing = [fact for fact in self.requires_facts if fact not in facts]
         if missing:
             return f"needs the facts {', '.join(missing)}"
+        known = [fact for fact in self.without_facts if fact in facts]
+        if known:
+            return f"is of no use once the facts {', '.join(known)} are known"
         missing = [other for other in self.after if other not in history]
         if missing:
             return f"comes after {', '.join(missing)}"
@@ -159,6 +164,7 @@ def _within(rule: Rule, kept: Collection[str]) -> Rule:
     return Rule(
         rule.strategy,
         requires_facts=rule.requires_facts,
+        without_facts=rule.without_facts,
         after=rule.after,
         # With none of them on offer the rule can never be met: keep the names, so that the check reports it.
         after_any=tuple(s for s in rule.after_any if s in kept) or rule.after_any,
@@ -204,12 +210,13 @@ def _check_rule(sop: Sop, rule: Rule) -> None:
     _known(sop, "a rule", [rule.strategy])
     for what in ("after", "after_any", "not_after"):
         _known(sop, f"{where}, {what},", getattr(rule, what))
-    for fact in rule.requires_facts:
+    for fact in (*rule.requires_facts, *rule.without_facts):
         if sop.facts and fact not in sop.facts:
-            raise SopError(f"{sop.name}: {where} requires the unknown fact {fact!r}; known: {_names(sop.facts)}")
-    both = [s for s in rule.after if s in rule.not_after]
-    if both:
-        raise SopError(f"{sop.name}: {where} has {both[0]!r} in both after and not_after")
+            raise SopError(f"{sop.name}: {where} names the unknown fact {fact!r}; known: {_names(sop.facts)}")
+    for first, second in (("after", "not_after"), ("requires_facts", "without_facts")):
+        both = [name for name in getattr(rule, first) if name in getattr(rule, second)]
+        if both:
+            raise SopError(f"{sop.name}: {where} has {both[0]!r} in both {first} and {second}")
     if rule.max_uses is not None and rule.max_uses < 1:
         raise SopError(f"{sop.name}: {where} has max_uses={rule.max_uses}; leave the strategy out of the part instead")
 

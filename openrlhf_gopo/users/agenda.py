@@ -25,30 +25,30 @@ class Reaction:
 
 
 REACTIONS: Mapping[str, Reaction] = {
-    "progress": Reaction("reply", 0.92, 0.3, 0.05),
-    "find": Reaction("click", 0.95, 0.3, 0.05),
+    "progress": Reaction("reply", 0.9, 0.3, 0.03),
+    "find": Reaction("click", 0.95, 0.3, 0.03),
     "cart": Reaction("cart", 0.95, 0.3, 0.05),
     "buy": Reaction("purchase", 1.0, 0.5, 0.1),
-    "step": Reaction("reply", 0.85, -0.1, 0.02),
+    "step": Reaction("reply", 0.78, -0.1, 0.01),
     "late_step": Reaction("reply", 0.5, -0.6, -0.05),
     "care": Reaction("reply", 0.8, 1.0, 0.15),
     "bye": Reaction("thanks", 1.0, 0.0, 0.0),
     "cut_off": Reaction("leave", 0.0, -1.0, -0.3),
-    "idle": Reaction("reply", 0.3, -1.0, -0.04),
+    "idle": Reaction("reply", 0.3, -1.0, -0.08),
     "extra_ok": Reaction("click", 0.5, -0.3, 0.0),
-    "repeat": Reaction("reply", 0.15, -1.3, -0.06),
-    "wrong": Reaction("object", 0.15, -1.3, -0.08),
+    "repeat": Reaction("reply", 0.15, -1.2, -0.12),
+    "wrong": Reaction("object", 0.15, -1.3, -0.16),
     "refuse": Reaction("refuse", 0.35, -0.5, 0.0),
     "expensive": Reaction("object", 0.5, -0.4, 0.0),
-    "unsure": Reaction("object", 0.4, -0.6, 0.0),
-    "misfit": Reaction("object", 0.3, -1.0, -0.1),
-    "held": Reaction("object", 0.15, -1.2, -0.15),
-    "pushy": Reaction("object", 0.15, -1.0, -0.25),
-    "confused": Reaction("confused", 0.1, -1.2, -0.08),
+    "unsure": Reaction("object", 0.4, -0.5, 0.0),
+    "misfit": Reaction("object", 0.3, -1.0, -0.2),
+    "held": Reaction("object", 0.15, -0.9, -0.25),
+    "pushy": Reaction("object", 0.15, -1.0, -0.35),
+    "confused": Reaction("confused", 0.1, -1.2, -0.12),
 }
 
-_WEIGHT_OF_TRUST = 0.2  # engagement moves by up to +-0.1 between no trust and full trust
-_REFUSAL = (0.75, 1.3)  # P(keep a personal fact back) = 0.75 - 1.3 trust: none from trust 0.58 on
+_WEIGHT_OF_TRUST = 0.5  # engagement moves by up to +-0.25 between no trust and full trust
+_REFUSAL = (1.0, 1.4)  # P(keep a personal fact back) = 1 - 1.4 trust: never from trust 0.72 on
 
 
 class AgendaUser:

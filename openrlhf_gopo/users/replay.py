@@ -114,18 +114,17 @@ class ReplayUser:
         own = self._first([i for i in telling if self._said[i].after == strategy] + telling)
         if own is not None:
             return own
-        lines = [entry for entry in self._pool.after[strategy] if slot in dict(entry.values)]
+        lines = [entry for entry in self._pool.after.get(strategy, ()) if slot in dict(entry.values)]
         told = frozenset({slot})
         borrowed = self._borrow(lines, {slot: values[slot]}, told)
         return borrowed or Answer(values[slot], "value", told)
 
     def react(self, strategy: str, segment: int, values: Mapping[str, str]) -> Answer:
         """React to any other strategy; complains when no human of this task ever answered it without own facts."""
-        here = [i for i, said in enumerate(self._said) if said.after == strategy and said.segment == segment]
-        own = self._first([i for i in here if i not in self._used])
+        own = self._unused(strategy, segment)
         if own is not None:
             return own
-        lines = [entry for entry in self._pool.after[strategy] if not entry.values]
+        lines = [entry for entry in self._pool.after.get(strategy, ()) if not entry.values]
         return self._borrow(lines, values, frozenset()) or self.complain()
 
     def go_on(self, strategy: str, segment: int, values: Mapping[str, str]) -> Answer:
@@ -137,13 +136,19 @@ class ReplayUser:
         """Wait while the agent looks something up."""
         return self._any("acknowledge")
 
-    def closing(self) -> Answer:
-        """All is done."""
-        return self._any("closing")
+    def closing(self, strategy: str, segment: int | None) -> Answer:
+        """All is done: the own last words, where ``segment`` is not None, else somebody's goodbye."""
+        own = None if segment is None else self._unused(strategy, segment)
+        return own or self._any("closing")
 
     def complain(self) -> Answer:
         """The agent's turn made no sense to the user."""
         return self._any("complain")
+
+    def _unused(self, strategy: str, segment: int) -> Answer | None:
+        """The next own utterance after ``strategy`` in ``segment`` that was not replayed yet."""
+        here = [i for i, said in enumerate(self._said) if said.after == strategy and said.segment == segment]
+        return self._first([i for i in here if i not in self._used])
 
     def _first(self, indices: Sequence[int]) -> Answer | None:
         """Replay the first of the own utterances ``indices``."""

@@ -58,7 +58,7 @@ function choice(turn) {
   const others = turn.allowed.filter((id) => id !== turn.strategy);
   const chip = (id, chosen) => {
     const node = make("span", chosen ? "chip chosen" : "chip", id);
-    if (id in turn.relevance) {
+    if (Object.hasOwn(turn.relevance, id)) {
       const grade = make("sup", "", turn.relevance[id]);
       node.append(grade);
       node.title = "relevance " + turn.relevance[id] + " of 3";

@@ -1,0 +1,83 @@
+"""GRE, the quality of the replies, and its parts. The name is the paper's; these formulas are ours, not the paper's.
+
+Per reply, each part in [0, 1]; a blank reply scores 0 in every part:
+
+    realised       1 if the reply contains every expected string, else 0
+    grounded       1 if every id, number and price of the reply occurs in what the agent knows, else 0
+    no_repetition  (share of its word triples that are distinct) x (1 - share found in the most similar earlier reply)
+    GRE            the mean of the three
+
+What the agent knows: the goal's context, the briefings so far and what the user said so far; not its own replies, where
+a value may be made up. Values are words with a digit: names without one are not checked. A trajectory's score is the
+mean over its replies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from openrlhf_gopo.rewards.text import mentions, normalise, values
+from openrlhf_gopo.types import Trajectory, Turn
+
+_GRAM = 3  # words; shorter replies count as one gram
+_PUNCTUATION = ".,;:!?\"'()"
+
+
+def realised(turn: Turn) -> float:
+    """1.0 if the reply contains every expected string (case, spacing and price format aside), else 0.0.
+
+    >>> realised(Turn("hi", (), "find", "Order a417 costs 35 dollars.", expected=("A417", "$35")))
+    1.0
+    """
+    return float(bool(turn.reply.strip()) and all(mentions(turn.reply, string) for string in turn.expected))
+
+
+def grounded(turn: Turn, knowledge: set[str]) -> float:
+    """1.0 if every value of the reply is in ``knowledge`` (made by ``values``), else 0.0.
+
+    >>> grounded(Turn("hi", (), "find", "Order A417 arrives in 3 days."), {"a417"})
+    0.0
+    """
+    return float(bool(turn.reply.strip()) and values(turn.reply) <= knowledge)
+
+
+def no_repetition(reply: str, earlier: Sequence[str]) -> float:
+    """How new a reply is, within itself and against each earlier reply: 1.0 nothing repeated, 0.0 said before.
+
+    Four words, thus two triples, one of them in an earlier reply: 1 x (1 - 1/2) = 0.5.
+
+    >>> no_repetition("i am sorry today", ["i am sorry"])
+    0.5
+    """
+    grams = _grams(reply)
+    if not grams:
+        return 0.0
+    distinct = set(grams)
+    seen = max((len(distinct.intersection(_grams(other))) for other in earlier), default=0)
+    return len(distinct) / len(grams) * (1.0 - seen / len(distinct))
+
+
+def response_scores(trajectory: Trajectory) -> dict[str, float]:
+    """``realised``, ``grounded``, ``no_repetition`` and ``gre`` of a trajectory, each in [0, 1]; 0 without turns."""
+    turns = trajectory.turns
+    knowledge = values(trajectory.goal.context)
+    totals = {"realised": 0.0, "grounded": 0.0, "no_repetition": 0.0}
+    for t, turn in enumerate(turns):
+        knowledge |= values(turn.user) | values(turn.briefing)
+        totals["realised"] += realised(turn)
+        totals["grounded"] += grounded(turn, knowledge)
+        totals["no_repetition"] += no_repetition(turn.reply, [before.reply for before in turns[:t]])
+    means = {name: total / len(turns) if turns else 0.0 for name, total in totals.items()}
+    return {**means, "gre": sum(means.values()) / len(means)}
+
+
+def gre(trajectory: Trajectory) -> float:
+    """GRE in [0, 1]; 0 without turns."""
+    return response_scores(trajectory)["gre"]
+
+
+def _grams(text: str) -> list[tuple[str, ...]]:
+    words = [bare for word in normalise(text).split() if (bare := word.strip(_PUNCTUATION))]
+    if not words:
+        return []
+    return [tuple(words[i : i + _GRAM]) for i in range(max(1, len(words) - _GRAM + 1))]

@@ -1,0 +1,65 @@
+"""What travels to a rollout actor with each group of dialogues."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from openrlhf_gopo.envs import Environment, load_environment
+from openrlhf_gopo.policy.two_level import TwoLevelPolicy
+from openrlhf_gopo.rollout.dialogue import Limits
+from openrlhf_gopo.types import Goal
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What identifies environment and policy in every process: names and paths, cheap to send and to hash."""
+
+    env: str
+    data: str | None
+    expert_path: str
+    responder_path: str
+    labels: str | None
+    use_fast: bool = True
+
+
+@dataclass
+class DialogueRequest:
+    """One group: K dialogues about ``goal``. ``expert_engine`` is None when one engine serves both roles."""
+
+    goal: Goal
+    spec: PolicySpec
+    limits: Limits
+    seed: int
+    common_random_numbers: bool
+    attempts: int
+    expert_engine: Any = None
+    _claimed: int = field(default=0, repr=False)
+
+    def claim(self) -> int:
+        """The next sample index: upstream starts K executions with one and the same request."""
+        self._claimed += 1
+        return self._claimed - 1
+
+    def dialogue_seed(self, sample: int) -> int:
+        """Seed of the user simulator: of (run, goal, sample), or of (run, goal) with common random numbers."""
+        key = f"{self.seed}:{self.goal.id}:{0 if self.common_random_numbers else sample}"
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
+
+
+@lru_cache(maxsize=2)
+def build_policy(spec: PolicySpec) -> tuple[Environment, TwoLevelPolicy]:
+    """Load environment, tokenizers and templates once per process.
+
+    Raises:
+        ConfigError, DataError, StreamError: the spec names something unusable.
+    """
+    from openrlhf.utils import get_tokenizer
+
+    env = load_environment(spec.env, spec.data)
+    responder = get_tokenizer(spec.responder_path, None, "left", None, spec.use_fast)
+    shared = spec.expert_path == spec.responder_path
+    expert = responder if shared else get_tokenizer(spec.expert_path, None, "left", None, spec.use_fast)
+    return env, TwoLevelPolicy(expert, responder, env.catalogue_size(), spec.labels)

@@ -1,0 +1,134 @@
+"""The expert's log-probabilities in the trainer: exact, padded or not, with the logits of decision positions only."""
+
+import pytest
+import torch
+from openrlhf.models import PolicyLoss
+from openrlhf.models.actor import Actor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from openrlhf_gopo.core.categorical import pad_allowed
+from openrlhf_gopo.core.preference import (
+    decision_advantages,
+    preference_coefficients,
+    preference_pairs,
+    trajectory_log_ratio,
+    trajectory_preference_loss,
+    turn_weights,
+)
+from openrlhf_gopo.runtime.models import RoleActor
+
+LENGTHS = [9, 6, 12]
+DECISIONS = [[3, 7], [4], [2, 5, 11]]  # token indices of the labels
+ALLOWED = [[[3, 5], [5, 6, 7]], [[4, 9]], [[3, 4], [8, 9, 10, 11], [5, 12]]]
+
+
+@pytest.fixture
+def actor() -> RoleActor:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    actor = RoleActor(Qwen2ForCausalLM(config).double(), temperature=0.7)
+    actor.packing_samples = False
+    return actor.eval()
+
+
+def batch(rows: list[int]):
+    width = max(LENGTHS[r] for r in rows)
+    generator = torch.Generator().manual_seed(3)
+    everything = [torch.randint(13, 40, (n,), generator=generator) for n in LENGTHS]
+    sequences = torch.zeros(len(rows), width, dtype=torch.long)
+    attention = torch.zeros_like(sequences)
+    mask = torch.zeros_like(sequences)
+    for i, r in enumerate(rows):
+        sequences[i, : LENGTHS[r]] = everything[r]
+        attention[i, : LENGTHS[r]] = 1
+        for place, allowed in zip(DECISIONS[r], ALLOWED[r], strict=True):
+            sequences[i, place] = allowed[-1]
+            mask[i, place] = 1
+    inputs = [{"allowed": pad_allowed(ALLOWED[r], width=5)} for r in rows]
+    return sequences, mask[:, 1:], attention, inputs
+
+
+def brute_force(actor: RoleActor, row: int) -> torch.Tensor:
+    sequences, _, _, _ = batch([row])
+    logits = actor.model(sequences).logits[0]
+    values = []
+    for place, allowed in zip(DECISIONS[row], ALLOWED[row], strict=True):
+        scores = torch.log_softmax(logits[place - 1, allowed].float() / 0.7, -1)
+        values.append(scores[allowed.index(int(sequences[0, place]))])
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("rows", [[0], [1], [0, 1, 2], [2, 0]])
+def test_equals_full_logits_whatever_the_batch(actor, rows):
+    sequences, mask, attention, inputs = batch(rows)
+    with actor.choosing(inputs):
+        logprobs, output = actor(sequences, mask, attention, return_output=True, return_entropy=True)
+    assert logprobs.shape == mask.shape
+    assert (logprobs[mask == 0] == 0).all()
+    assert (output.entropy[mask == 1] > 0).all()
+    for i, row in enumerate(rows):
+        assert torch.allclose(logprobs[i][mask[i] == 1].double(), brute_force(actor, row).double(), atol=1e-6)
+
+
+def test_outside_choosing_it_is_upstreams_actor(actor):
+    sequences, mask, attention, inputs = batch([0, 2])
+    plain = Actor(actor.model, temperature=0.7)
+    plain.packing_samples, plain.temperature = False, actor.temperature
+    with actor.choosing(inputs):
+        pass
+    with actor.choosing([None, None]):
+        assert torch.equal(actor(sequences, mask, attention), plain(sequences, mask, attention))
+
+
+def test_only_decision_positions_reach_the_head(actor):
+    seen = []
+    actor.model.lm_head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
+    sequences, mask, attention, inputs = batch([0, 1, 2])
+    with actor.choosing(inputs):
+        actor(sequences, mask, attention)
+    assert seen == [len({place for places in DECISIONS for place in places})]
+
+
+def test_an_expert_that_was_never_asked_has_a_graph_and_no_gradient(actor):
+    sequences, mask, attention, _ = batch([1])
+    with actor.choosing([{"allowed": pad_allowed([], width=5)}]):
+        logprobs = actor(sequences, torch.zeros_like(mask), attention)
+    logprobs.sum().backward()
+    assert all(p.grad is None or bool((p.grad == 0).all()) for p in actor.parameters())
+
+
+def test_first_clipped_step_has_the_gradient_of_the_preference_loss(actor):
+    """Coefficients as advantages in upstream's PolicyLoss: L's own gradient, up to one positive factor."""
+    rows, returns = [0, 1, 2], torch.tensor([0.2, 0.9, 0.5])
+    sequences, mask, attention, inputs = batch(rows)
+    counts = torch.tensor([len(d) for d in DECISIONS])
+    owner = torch.repeat_interleave(torch.arange(3), counts)
+    weights = torch.cat([turn_weights(int(n), mode="mean") for n in counts])
+    parameters = list(actor.parameters())
+
+    def logprobs():
+        with actor.choosing(inputs):
+            return actor(sequences, mask, attention)
+
+    now = logprobs()
+    m = trajectory_log_ratio(now[mask == 1].double(), now[mask == 1].detach().double(), owner, weights, 3)
+    pairs = preference_pairs(returns, pairing="all")
+    loss = trajectory_preference_loss(m, returns, pairs, beta=0.5).mean()
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
+
+    c, _ = preference_coefficients(m, returns, [torch.arange(3)], pairing="all", beta=0.5)
+    advantages = torch.zeros(mask.shape, dtype=torch.float64)
+    advantages[mask == 1] = decision_advantages(c, owner, weights)
+    clipped = PolicyLoss()(now, now.detach(), advantages, action_mask=mask)[0]
+    ours = torch.cat([g.flatten() for g in torch.autograd.grad(clipped, parameters)])
+    factor = (ours @ exact) / (exact @ exact)
+    assert factor > 0
+    assert torch.allclose(ours, factor * exact, atol=1e-9 + 1e-5 * float(ours.abs().max()))

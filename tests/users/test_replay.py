@@ -1,0 +1,43 @@
+"""The user simulator that replays human dialogues."""
+
+import random
+
+from openrlhf_gopo.users.replay import Pool, ReplayUser, Said, line
+
+
+def test_borrowed_words_carry_this_goals_values():
+    values = [("Day", "Monday"), ("Time", "3 pm")]
+    assert line("On Monday at 3 pm", values).adapted({"Day": "Friday", "Time": "Monday"}) == "On Friday at Monday"
+    assert line("On Monday at 3 pm", values).adapted({"Day": "Friday"}) is None
+    assert line("On Monday, room 7", values).adapted({"Day": "Friday"}) is None
+
+
+def test_the_user_falls_back_from_own_words_to_the_bare_value():
+    pool, said = Pool(), [Said("It is for Ann.", "ask_name", 0, frozenset({"Name"}))]
+    replay = ReplayUser(said, pool, Pool(), random.Random(0))
+    assert replay.tell("ask_who", "Name", {"Name": "Ann"}).text == "It is for Ann."
+    stranger = ReplayUser([], pool, Pool(), random.Random(0))
+    assert stranger.tell("ask_name", "Name", {"Name": "Bo"}).source == "value"
+    pool.add(said[0], [("Name", "Ann")])
+    assert stranger.tell("ask_name", "Name", {"Name": "Bo"}).text == "It is for Bo."
+
+
+def test_reactions_come_from_humans_of_the_task_then_of_all_tasks():
+    mine, everyone = Pool(), Pool()
+    everyone.add(Said("ok thanks", "ask_name", 0), [])
+    everyone.add(Said("No, that's all.", "anything_else", 0), [])
+    everyone.add(Said("I already told you my name!", "ask_name", 0), [])
+    mine.add(Said("Great!", "ask_name", 0), [])
+    replay = ReplayUser([], mine, everyone, random.Random(0))
+    assert replay.acknowledge().text == "Great!"
+    assert replay.closing("anything_else", 0).text == "No, that's all."
+    assert replay.complain().text == "I already told you my name!"
+
+
+def test_own_words_are_said_once_and_in_their_segment():
+    said = [Said("Is it full?", "report", 1), Said("And at 9?", "report", 1)]
+    replay = ReplayUser(said, Pool(), Pool(), random.Random(0))
+    assert replay.react("report", 0, {}).source == "generic"
+    assert [replay.react("report", 1, {}).text for _ in range(2)] == ["Is it full?", "And at 9?"]
+    assert replay.react("report", 1, {}).source == "generic"
+    assert replay.go_on("report", 1, {}).text == "And at 9?"
