@@ -26,7 +26,9 @@ CHATML = (
 def train_tokenizer(texts, vocab: int, max_len: int) -> PreTrainedTokenizerFast:
     """A ChatML tokenizer of at most ``vocab`` tokens, all 256 bytes included."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # One token a digit: order numbers and prices are then copied digit by digit, which a small model learns soon.
+    digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -64,8 +66,8 @@ def main() -> None:
         hidden_size=args.hidden,
         intermediate_size=args.hidden * 8 // 3 // 64 * 64,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=args.hidden // 64,
+        num_attention_heads=args.hidden // 32,
+        num_key_value_heads=args.hidden // 32,
         max_position_embeddings=args.max_len,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,

@@ -17,7 +17,7 @@ What a turn does (`users/agenda.py` has the numbers):
   came first.
 - With patience gone the customer leaves. With all else done, ``close`` completes the goal; before that it cuts it off.
 
-``relevance`` knows the task and its open steps, but not the mood: following it is good, reading the customer is better.
+``relevance`` knows the task and its open steps, but not the mood: who keeps facts back, who finds the price too high.
 Chance is drawn per turn from (goal, seed, turn), so equal seeds give equal noise at equal turns.
 """
 

@@ -16,14 +16,17 @@ class StreamBuilder:
 
     def __init__(self, template: ChatTemplate, system: str) -> None:
         self.template = template
+        self.system = system
         self.stream = Stream()
-        self._context(template.begin(system))
 
     def message(self, text: str) -> list[int]:
-        """The tokens that asking ``text`` now would append: the end of the last action, the message, the prompt."""
-        last = self.stream.spans[-1][1] if self.stream.spans else 0
-        closing = self.template.close(self.stream.tokens[-1]) if last == len(self.stream.tokens) else []
-        return [*closing, *self.template.user(text)]
+        """The tokens that asking ``text`` now would append: what opens the dialogue or ends the last action, the
+        message, the prompt."""
+        tokens = self.stream.tokens
+        if not tokens:
+            return self.template.first(self.system, text)
+        stop = self.template.stop_token
+        return [*([] if tokens[-1] == stop else [stop]), *self.template.next(text)]
 
     def ask(self, message: list[int]) -> None:
         """Append a message made by ``message``."""
@@ -31,6 +34,8 @@ class StreamBuilder:
 
     def act(self, tokens: Sequence[int], logprobs: Sequence[float], allowed: list[int] | None = None) -> None:
         """Append what the role sampled, with the sampler's log-probabilities and, for the expert, the allowed ids."""
+        if not tokens or len(tokens) != len(logprobs):
+            raise ValueError(f"the engine returned {len(tokens)} tokens with {len(logprobs)} log-probabilities")
         start = len(self.stream.tokens)
         self.stream.tokens.extend(tokens)
         self.stream.logprobs.extend(logprobs)
@@ -39,8 +44,8 @@ class StreamBuilder:
             self.stream.allowed.append(allowed)
 
     def force(self, token: int) -> None:
-        """Append a choice that was no choice (one allowed label): context, no span; then the end of the message."""
-        self._context([token, *self.template.close(token)])
+        """Append a choice that was no choice (one allowed label): context, no span."""
+        self._context([token])
 
     def _context(self, tokens: Sequence[int]) -> None:
         self.stream.tokens.extend(tokens)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from openrlhf_gopo.config import EXPERT, RESPONDER
@@ -53,7 +54,8 @@ async def run_dialogue(
     Returns:
         The trajectory, with both streams. If the environment or a reward raised, timed out or broke its contract, or a
         text cannot be tokenised safely, the stop reason is FAILED, ``error`` holds the traceback, and the streams hold
-        what was sampled so far. An engine's exception is not a dialogue's fault and propagates.
+        what was sampled so far. An engine's exception is not a dialogue's fault and propagates. When the responder has
+        no room left (MAX_TOKENS), the expert's stream ends with a decision that no turn carried out.
     """
     run = _Run(env, goal, policy, generate, limits, sample, seed)
     try:
@@ -78,18 +80,15 @@ class _Run:
         sample: int,
         seed: int,
     ) -> None:
-        self.env, self.goal, self.generate, self.limits = env, goal, generate, limits
-        self.catalogue: dict[str, Strategy] = {s.id: s for s in env.catalogue(goal)}
-        self.label_ids = policy.label_ids(list(self.catalogue.values()))
-        self.expert, self.responder = policy.streams(goal, list(self.catalogue.values()))
-        self.trajectory = Trajectory(
-            goal, sample, seed, streams={EXPERT: self.expert.stream, RESPONDER: self.responder.stream}
-        )
+        self.env, self.goal, self.policy, self.generate, self.limits = env, goal, policy, generate, limits
+        self.trajectory = Trajectory(goal, sample, seed)
 
     async def play(self) -> None:
+        await self._open()
         dialogue = await self.call(lambda: self.env.start(self.goal, self.trajectory.seed))
-        observation = dialogue.opening
-        self._check_allowed(observation.allowed)
+        with self._blame():
+            observation = dialogue.opening
+            self._check_allowed(observation.allowed)
         reply: str | None = None
         for _ in range(self.limits.max_turns):
             asked = self.expert.message(prompts.expert_turn(reply, observation.user))
@@ -98,12 +97,15 @@ class _Run:
                 return
             turn = Turn(user=observation.user, allowed=observation.allowed, strategy="", reply="")
             turn.relevance = await self.call(dialogue.relevance)
+            with self._blame():
+                self._check_relevance(turn.relevance)
             await self._decide(turn, asked)
             if not await self._reply(turn, dialogue):
                 self.trajectory.stop = StopReason.MAX_TOKENS
                 return
-            outcome = await self.call(lambda turn=turn: dialogue.step(turn.strategy, turn.reply))
-            self._record(turn, outcome)
+            outcome = await self.call(partial(dialogue.step, turn.strategy, turn.reply))
+            with self._blame():
+                self._record(turn, outcome)
             if outcome.stop is not None:
                 self.trajectory.stop = outcome.stop
                 return
@@ -111,15 +113,35 @@ class _Run:
             observation, reply = outcome.next, turn.reply
         self.trajectory.stop = StopReason.MAX_TURNS
 
+    async def _open(self) -> None:
+        catalogue = await self.call(lambda: list(self.env.catalogue(self.goal)))
+        with self._blame():
+            self.catalogue: dict[str, Strategy] = {s.id: s for s in catalogue}
+            self.label_ids = self.policy.label_ids(catalogue)
+            self.expert, self.responder = self.policy.streams(self.goal, catalogue)
+        self.trajectory.streams = {EXPERT: self.expert.stream, RESPONDER: self.responder.stream}
+
     async def call(self, fn: Callable[[], T]) -> T:
         """Call into the environment or a reward; whatever goes wrong there is a ``DialogueError``."""
-        try:
+        with self._blame():
             if not self.env.blocking:
                 return fn()
             pending = asyncio.get_running_loop().run_in_executor(_THREADS, fn)
-            return await asyncio.wait_for(pending, self.limits.user_timeout)
+            try:
+                return await asyncio.wait_for(pending, self.limits.user_timeout)
+            except asyncio.TimeoutError as error:
+                if pending.cancelled():  # not a TimeoutError of its own
+                    raise DialogueError(f"no answer in --gopo.user_timeout {self.limits.user_timeout} s") from error
+                raise
+
+    @contextmanager
+    def _blame(self) -> Iterator[None]:
+        """Make whatever is raised inside a ``DialogueError`` of this environment and goal."""
+        try:
+            yield
         except Exception as error:
-            raise DialogueError(f"{self.env.name}, goal {self.goal.id}: {type(error).__name__}: {error}") from error
+            what = str(error) if isinstance(error, DialogueError) else f"{type(error).__name__}: {error}"
+            raise DialogueError(f"{self.env.name}, goal {self.goal.id}: {what}") from error
 
     async def _decide(self, turn: Turn, asked: list[int]) -> None:
         self.expert.ask(asked)
@@ -159,11 +181,13 @@ class _Run:
         """Check the environment's verdict, then keep it: a bad one must not become a reward."""
         strangers = [s for s in outcome.completed if s not in self.goal.subgoals]
         if strangers:
-            raise DialogueError(f"{self.env.name}, goal {self.goal.id}: completed unknown subgoals {strangers}")
-        if not (math.isfinite(outcome.engagement) and 0 <= outcome.engagement <= 1):
-            raise DialogueError(f"{self.env.name}, goal {self.goal.id}: engagement {outcome.engagement} not in [0, 1]")
+            raise DialogueError(f"completed unknown subgoals {strangers}")
+        if not 0 <= outcome.engagement <= 1:
+            raise DialogueError(f"engagement {outcome.engagement} not in [0, 1]")
         if (outcome.stop is None) == (outcome.next is None):
-            raise DialogueError(f"{self.env.name}, goal {self.goal.id}: an outcome has a stop reason or a next turn")
+            raise DialogueError("an outcome has a stop reason or a next turn")
+        if outcome.stop is StopReason.FAILED:
+            raise DialogueError("the environment gave the dialogue up")
         if outcome.next is not None:
             self._check_allowed(outcome.next.allowed)
         turn.events, turn.completed = outcome.events, outcome.completed
@@ -172,5 +196,10 @@ class _Run:
 
     def _check_allowed(self, allowed: tuple[str, ...]) -> None:
         strangers = [s for s in allowed if s not in self.label_ids]
-        if strangers or not allowed:
-            raise DialogueError(f"{self.env.name}, goal {self.goal.id}: allowed {allowed} is empty or has {strangers}")
+        if strangers or not allowed or len(set(allowed)) < len(allowed):
+            raise DialogueError(f"allowed {allowed} is empty, has a strategy twice, or has unknown ones {strangers}")
+
+    def _check_relevance(self, relevance: Mapping[str, int]) -> None:
+        bad = {s: grade for s, grade in relevance.items() if not 0 <= grade <= 3}
+        if bad:
+            raise DialogueError(f"relevance {bad} not in 0..3")

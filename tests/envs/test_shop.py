@@ -1,0 +1,370 @@
+"""The environment ``shop``: what its agent and its customers see, and how hard it is."""
+
+import dataclasses
+import pickle
+import random
+import re
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+from openrlhf_gopo.envs import load_environment
+from openrlhf_gopo.envs.checker import check_env
+from openrlhf_gopo.envs.shop import Shop
+from openrlhf_gopo.envs.shop_phrases import PHRASES
+from openrlhf_gopo.envs.shop_scripts import SCRIPTS
+from openrlhf_gopo.envs.shop_tasks import TASKS
+from openrlhf_gopo.errors import ConfigError, DialogueError, SopError
+from openrlhf_gopo.rewards import score
+from openrlhf_gopo.types import StopReason, Trajectory, Turn
+from openrlhf_gopo.users.agenda import REACTIONS, AgendaUser
+
+ENV = Shop()
+
+
+def find(task, persona="loyal", **data):
+    """A heldout or train goal of the task; loyal customers answer every question."""
+    wanted = {"vague": False, "talks": False, **data}
+    for goal in (*ENV.goals("heldout"), *ENV.goals("train")):
+        if goal.intent == task and goal.persona["type"] == persona and wanted.items() <= goal.data.items():
+            return goal
+    raise LookupError(task)
+
+
+def play(goal, choose, seed=0, reply=None):
+    """One dialogue as a Trajectory; ``choose(dialogue, allowed)`` picks, ``reply(dialogue, strategy)`` writes."""
+    dialogue = ENV.start(goal, seed)
+    trajectory = Trajectory(goal, 0, seed)
+    seen = dialogue.opening
+    while True:
+        relevance = dialogue.relevance()
+        strategy = choose(dialogue, seen.allowed)
+        said = reply(dialogue, strategy) if reply else dialogue.reference_reply(strategy)
+        turn = Turn(seen.user, seen.allowed, strategy, said, dialogue.briefing(strategy), dialogue.expected(strategy))
+        turn.relevance = relevance
+        outcome = dialogue.step(strategy, said)
+        turn.events, turn.completed = outcome.events, outcome.completed
+        turn.engagement, turn.on_task = outcome.engagement, outcome.on_task
+        trajectory.turns.append(turn)
+        if outcome.stop:
+            trajectory.stop = outcome.stop
+            return trajectory
+        seen = outcome.next
+
+
+def greedy(dialogue, allowed):
+    relevance = dialogue.relevance()
+    return max(allowed, key=lambda strategy: relevance[strategy])
+
+
+def script(*strategies):
+    left = iter(strategies)
+    return lambda dialogue, allowed: next(left)
+
+
+def mixed(goal, share):
+    """The best graded strategy with probability ``share``, else any."""
+    rng = random.Random(goal.id)
+    return lambda dialogue, allowed: greedy(dialogue, allowed) if rng.random() < share else rng.choice(allowed)
+
+
+REFUND = ("verify_identity", "ask_order_id", "look_up_order", "explain_policy", "give_refund", "close")
+
+# Data
+
+
+def test_it_is_found_by_name_and_reads_no_data():
+    assert isinstance(load_environment("shop"), Shop)
+    with pytest.raises(ConfigError, match=r"--gopo.data my.json: .* leave --gopo.data out"):
+        load_environment("shop", "my.json")
+    with pytest.raises(ConfigError, match="split 'test': choose one of train, heldout"):
+        ENV.goals("test")
+
+
+def test_it_keeps_the_contract_of_environments():
+    check_env(ENV)
+
+
+def test_there_are_enough_goals_and_the_splits_share_no_product_and_persona():
+    train, heldout = ENV.goals("train"), ENV.goals("heldout")
+    assert len(train) >= 2000
+    assert len(heldout) >= 500
+    pairs = [{(goal.data["family"], goal.persona["type"]) for goal in goals} for goals in (train, heldout)]
+    assert not pairs[0] & pairs[1]
+    for goals in (train, heldout[:100]):  # the first ones already mix everything
+        assert {goal.intent for goal in goals} == set(TASKS)
+        assert len({goal.persona["type"] for goal in goals}) == 8
+    assert all(3 <= len(goal.subgoals) <= 5 for goal in train)
+
+
+def test_goals_are_the_same_in_every_process():
+    code = "from openrlhf_gopo.envs.shop import Shop; print([repr(g) for g in Shop().goals('train')[:50]])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == str([repr(goal) for goal in ENV.goals("train")[:50]])
+
+
+def test_nothing_told_unasked_is_a_subgoal():
+    # It would be completed before the agent's first turn, and no trajectory could ever complete it.
+    assert all(not set(task.told) & set(task.subgoals) for task in TASKS.values())
+
+
+def test_the_catalogue_is_described_in_a_few_words():
+    catalogue = ENV.catalogue(ENV.goals("train")[0])
+    assert len(catalogue) >= 20
+    assert all(2 <= len(strategy.description.split()) <= 8 for strategy in catalogue)
+
+
+def test_texts_are_short_and_of_a_small_vocabulary():
+    replies = [reply for entry in SCRIPTS.values() for reply in entry.replies]
+    assert all(6 <= len(reply.split()) <= 20 for reply in replies)
+    assert all(len(entry.replies) >= 2 and "\n" not in entry.briefing for entry in SCRIPTS.values())
+    assert all(len(phrases) >= 2 for phrases in PHRASES.values())
+    said = " ".join(replies + [phrase for phrases in PHRASES.values() for phrase in phrases])
+    assert len(set(re.findall(r"[a-z']+", re.sub(r"\{\w+\}", "", said.lower())))) < 400
+
+
+# Difficulty
+
+
+def test_random_play_is_poor_relevance_is_good_and_a_mixture_lies_between():
+    tse = {}
+    turns = {}
+    for share in (0.0, 0.55, 1.0):
+        played = [play(goal, mixed(goal, share)) for goal in ENV.goals("heldout")[:300]]
+        tse[share] = statistics.mean(score(one)["tse"] for one in played)
+        turns[share] = statistics.mean(len(one.turns) for one in played)
+        allowed = statistics.mean(len(turn.allowed) for one in played for turn in one.turns)
+        assert 4 <= allowed <= 10
+    assert 10 < tse[0.0] < 35
+    assert tse[0.0] + 15 < tse[0.55] < tse[1.0] - 15
+    assert 80 < tse[1.0] < 98
+    assert 5 <= turns[1.0] <= 8
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_can_be_completed_in_time(task):
+    played = play(find(task), greedy)
+    assert played.stop is StopReason.COMPLETED
+    assert played.success
+    assert len(played.turns) <= 8
+
+
+# The turn
+
+
+def test_reference_replies_are_realised_and_grounded():
+    for goal in ENV.goals("heldout")[:100]:
+        scores = score(play(goal, mixed(goal, 0.7)))
+        assert scores["realised"] == scores["grounded"] == scores["sop"] == 1.0
+
+
+def test_the_goal_is_completed_by_the_last_step_and_close():
+    played = play(find("refund"), script(*REFUND))
+    assert [turn.completed for turn in played.turns] == [
+        ("identity",), (), ("order_found",), ("terms_known",), ("refunded",), ("wrapped_up",),
+    ]  # fmt: skip
+    assert played.turns[-1].events == ("thanks",)
+    assert all(turn.on_task for turn in played.turns)
+    assert played.stop is StopReason.COMPLETED
+
+
+def test_closing_early_cuts_the_customer_off():
+    played = play(find("refund"), script("verify_identity", "ask_order_id", "look_up_order", "close"))
+    assert played.stop is StopReason.CLOSED
+    assert played.turns[-1].completed == ()
+    assert played.turns[-1].engagement < 0.2
+
+
+@pytest.mark.parametrize("reply", ["", "Your order is here.", "I found your order B999, it is delivered.", "ok"])
+def test_a_reply_without_what_it_should_tell_confuses_and_completes_nothing(reply):
+    goal = find("refund")
+    dialogue = ENV.start(goal, 0)
+    for strategy in REFUND[:2]:
+        dialogue.step(strategy, dialogue.reference_reply(strategy))
+    good = pickle.loads(pickle.dumps(dialogue))
+    outcome = dialogue.step("look_up_order", reply)
+    told = good.step("look_up_order", good.reference_reply("look_up_order"))
+    assert outcome.events == ("confused",)
+    assert outcome.completed == ()
+    assert told.completed == ("order_found",)
+    assert outcome.engagement < told.engagement - 0.3
+    # Telling it properly afterwards completes it.
+    again = dialogue.step("look_up_order", dialogue.reference_reply("look_up_order"))
+    assert again.completed == ("order_found",)
+
+
+def test_other_wording_of_the_same_values_is_understood():
+    dialogue = ENV.start(find("advice"), 0)
+    for strategy in ("ask_use", "ask_budget"):
+        dialogue.step(strategy, dialogue.reference_reply(strategy))
+    item, price = dialogue.expected("recommend")
+    assert price.startswith("$")
+    outcome = dialogue.step("recommend", f"how about  {item.lower()}? only {price[1:]}.00 Dollars")
+    assert outcome.completed == ("item_found",)
+
+
+def test_a_question_must_be_about_what_is_asked_for():
+    dialogue = ENV.start(find("refund"), 0)
+    assert dialogue.step("verify_identity", "What a nice day it is!").events == ("confused",)
+    assert dialogue.step("verify_identity", "May I have your name?").completed == ("identity",)
+
+
+def test_recommending_without_knowing_the_customer_misses():
+    goal = find("advice")
+    dialogue = ENV.start(goal, 0)
+    assert goal.data["item"] not in dialogue.briefing("recommend")
+    outcome = dialogue.step("recommend", dialogue.reference_reply("recommend"))
+    assert outcome.completed == ()
+    assert outcome.events == ("object",)
+
+
+# Delayed effects
+
+
+def test_verifying_early_is_better_than_after_the_refund_was_on_hold():
+    goal = find("refund")
+    early = play(goal, script(*REFUND))
+    late = play(goal, script(*REFUND[1:4], "give_refund", "verify_identity", "give_refund", "close"))
+    assert "on hold" in late.turns[3].briefing
+    assert early.success
+    assert late.success
+    assert score(late)["tse"] < score(early)["tse"] - 10
+    assert late.turns[4].engagement < early.turns[0].engagement - 0.2  # the same question, asked too late
+    assert late.turns[5].engagement < early.turns[4].engagement  # and the same refund, less welcome
+
+
+def test_a_coupon_that_comes_too_early_costs_sales():
+    def bought(*strategies):
+        goals = [g for g in ENV.goals("train") if g.intent == "warranty" and not g.data["vague"]]
+        sold = 0
+        for goal in goals:
+            dialogue = ENV.start(goal, 0)
+            for strategy in strategies:
+                outcome = dialogue.step(strategy, dialogue.reference_reply(strategy))
+                if outcome.stop:
+                    break
+            sold += "bought" in outcome.completed
+        return sold / len(goals)
+
+    patient = ("check_stock", "explain_warranty", "offer_coupon", "invite_to_buy")
+    pushy = ("check_stock", "offer_coupon", "explain_warranty", "invite_to_buy")
+    assert bought(*patient) > bought(*pushy) + 0.2
+
+
+def test_after_a_coupon_that_came_too_early_prices_look_higher():
+    def objections(*strategies):
+        found = 0
+        for goal in (g for g in ENV.goals("train") if g.intent == "warranty" and g.persona["type"] == "loyal"):
+            dialogue = ENV.start(goal, 0)
+            if goal.data["vague"]:
+                dialogue.step("clarify", "How can I help?")
+            for strategy in strategies:  # loyal customers trust enough to buy even so
+                outcome = dialogue.step(strategy, dialogue.reference_reply(strategy))
+            found += "object" in outcome.events
+        return found
+
+    steps = ("check_stock", "explain_warranty", "invite_to_buy")
+    assert objections(steps[0], "offer_coupon", *steps[1:]) > objections(*steps)
+
+
+def test_an_accepted_coupon_lowers_the_price():
+    goal = find("warranty")
+    dialogue = ENV.start(goal, 0)
+    for strategy in ("check_stock", "explain_warranty"):
+        dialogue.step(strategy, dialogue.reference_reply(strategy))
+    dialogue.step("offer_coupon", dialogue.reference_reply("offer_coupon"))
+    assert dialogue.expected("invite_to_buy") == (goal.data["item"], f"${goal.data['price'] - goal.data['off']}")
+
+
+def test_an_apology_spares_the_patience_of_an_upset_customer():
+    def until_gone(*first):
+        dialogue = ENV.start(find("late", "calm"), 0)
+        strategies = iter((*first, "ask_photo", "ask_address", "explain_policy", "explain_policy", "ask_address"))
+        for turns, strategy in enumerate(strategies, start=1):
+            if dialogue.step(strategy, dialogue.reference_reply(strategy)).stop is StopReason.USER_LEFT:
+                return turns - len(first)
+        return turns - len(first) + 1
+
+    assert until_gone("apologise") > until_gone()
+
+
+def test_a_customer_without_trust_keeps_the_name_back_more_often():
+    def refused(persona):
+        answers = []
+        for goal in (g for g in ENV.goals("train") if g.intent == "refund" and g.persona["type"] == persona):
+            dialogue = ENV.start(goal, 1)
+            answers.append("refuse" in dialogue.step("verify_identity", "your name please?").events)
+        return statistics.mean(answers)
+
+    assert refused("loyal") < 0.1
+    assert refused("doubtful") > 0.4
+
+
+def test_a_customer_whose_patience_is_out_leaves():
+    goal = find("refund", "angry")
+    played = play(goal, lambda dialogue, allowed: min(allowed, key=dialogue.relevance().get))
+    assert played.stop is StopReason.USER_LEFT
+    assert played.turns[-1].events[-1] == "leave"
+    assert len(played.turns) < 8
+
+
+def test_a_dialogue_ends_after_twelve_turns():
+    goal = find("address")
+    goal = dataclasses.replace(goal, persona={**goal.persona, "patience": 99.0})
+    played = play(goal, lambda dialogue, allowed: "verify_identity", reply=lambda dialogue, strategy: "hm")
+    assert played.stop is StopReason.MAX_TURNS
+    assert len(played.turns) == ENV.max_turns == 12
+
+
+# Determinism, errors
+
+
+def test_equal_choices_give_equal_transcripts_and_seeds_change_them():
+    goals = ENV.goals("heldout")[:20]
+    once, again, other = ([play(goal, mixed(goal, 0.6), seed) for goal in goals] for seed in (3, 3, 4))
+    assert [one.turns for one in once] == [one.turns for one in again]
+    assert [one.turns for one in once] != [one.turns for one in other]
+
+
+def test_a_dialogue_pickles_before_it_starts():
+    goal = find("damaged")
+    dialogue = ENV.start(goal, 5)
+    copy = pickle.loads(pickle.dumps(dialogue))
+    assert copy.opening == dialogue.opening
+    reply = dialogue.reference_reply("apologise")
+    assert copy.step("apologise", reply) == dialogue.step("apologise", reply)
+
+
+def test_forbidden_and_late_steps_are_errors_that_say_why():
+    dialogue = ENV.start(find("refund"), 0)
+    with pytest.raises(SopError, match=r"shop, goal shop-refund-\S+: 'look_up_order' is not allowed now: it needs"):
+        dialogue.step("look_up_order", "hi")
+    with pytest.raises(SopError, match="'ask_use' is not allowed now: it is not a strategy of shop, part 'orders'"):
+        dialogue.step("ask_use", "hi")
+    for strategy in REFUND:
+        dialogue.step(strategy, dialogue.reference_reply(strategy))
+    with pytest.raises(DialogueError, match="after the dialogue ended"):
+        dialogue.step("clarify", "hi")
+
+
+# The customer
+
+
+def test_the_agenda_user_feels_what_happens():
+    user = AgendaUser({"type": "x", "patience": 2.0, "trust": 0.5, "price_sensitivity": 0.5}, {"a": ["b"]}, {})
+    assert user.feel("idle").engagement == REACTIONS["idle"].engagement  # at trust 0.5, as the table says
+    assert user.patience == pytest.approx(1.0)
+    assert user.trust < 0.5
+    assert user.feel("idle").engagement < REACTIONS["idle"].engagement
+    assert user.gone
+    assert user.say(random.Random(0), ["a"], {}) == "b"
+
+
+def test_an_upset_user_loses_patience_faster_until_someone_cares():
+    persona = {"type": "x", "patience": 9.0, "trust": 0.5, "price_sensitivity": 0.5}
+    user = AgendaUser(persona, {}, {}, upset=True)
+    assert user.feel("idle").patience == pytest.approx(-1.5)
+    user.feel("care")
+    assert user.feel("idle").patience == pytest.approx(-1.0)
