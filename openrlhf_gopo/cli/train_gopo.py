@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 from openrlhf_gopo import platform
 from openrlhf_gopo.config import GopoConfig, PreferenceConfig, default, flags, from_flags
@@ -37,12 +38,25 @@ SECTIONS = {
     "logger": "loggers",
 }
 # Upstream's flags that the environment replaces; an existing script may still carry them.
-REPLACED = ("train.agent_func_path", "data.prompt_dataset", "eval.dataset", "reward.remote_url")
+REPLACED = (
+    "train.agent_func_path",
+    "data.prompt_dataset",
+    "eval.dataset",
+    "reward.remote_url",
+    "reward.model_name_or_path",
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line: the usage of 200 flags would bury them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"train_gopo: error: {message}; --help lists the flags\n")
 
 
 def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Upstream's flags, ``--expert.*`` and ``--gopo.*``, grouped by their first word for ``--help``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m openrlhf.cli.train_gopo",
         description="Train a two-level dialogue policy with GOPO on OpenRLHF (Ray + DeepSpeed + vLLM).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -131,7 +145,6 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     try:
         args, config = parse(argv)
-        platform.activate()
         _run(args, config)
     except GopoError as error:
         print(f"train_gopo: error: {error}", file=sys.stderr)
@@ -143,19 +156,21 @@ def _run(args: SimpleNamespace, config: GopoConfig) -> None:
     from openrlhf_gopo.runtime import checks
 
     checks.check_flags(args, config)
-    from openrlhf_gopo.runtime import launch
-    from openrlhf_gopo.runtime.requests import build_policy
+    from openrlhf_gopo.runtime.requests import build_policy, policy_spec
 
-    env, policy = build_policy(launch.policy_spec(args, config))
+    env, policy = build_policy(policy_spec(args, config))
     checks.check_dialogues(args, config, env, policy)
     results = Path(config.results_dir or Path(args.ckpt.output_dir) / "results")
     if config.dry_run:
         print(
             f"dry run: {env.name}: {len(env.goals('train'))} training and {len(env.goals('heldout'))} held-out goals, "
-            f"{len(policy.labels)} labels, {launch.logical_gpus(args, config)} GPUs; everything checked"
+            f"{len(policy.labels)} labels, {checks.gpus_needed(args, config)} GPUs; everything checked"
         )
         return
     results.mkdir(parents=True, exist_ok=True)
+    platform.activate()
+    from openrlhf_gopo.runtime import launch
+
     phases = launch.train(args, config, results)
     _report(args, config, results, phases, time.time() - started)
 

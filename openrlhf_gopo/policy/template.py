@@ -56,6 +56,7 @@ class ChatTemplate:
         self._stop = end[1]
         self._to_next = between.removeprefix(self._stop)
         self.stop_token: int = literals[self._stop]
+        self._special.add(self.stop_token)
 
     def first(self, system: str, user: str) -> list[int]:
         """How a stream begins: the system message, the first user message, the start of the assistant's."""
@@ -82,8 +83,8 @@ class ChatTemplate:
         them can match.
 
         Raises:
-            StreamError: the tokenizer still yields a control token (its normaliser maps the text to one), or the text
-                has a lone surrogate.
+            StreamError: the tokenizer still yields a control token (its normaliser maps the text to one, or it has no
+                token for a byte), or the text has a lone surrogate.
         """
         text = "".join(parts)
         borders = [0, *accumulate(map(len, parts))]
@@ -109,11 +110,11 @@ class ChatTemplate:
         return ids[1:] if behind else ids
 
     def _check(self, text: str, ids: list[int], template: list[int]) -> None:
-        """The control tokens of ``ids`` must be the template's."""
+        """The control tokens of ``ids`` must be those of ``template``."""
         found, own = (Counter(i for i in tokens if i in self._control) for tokens in (ids, template))
         if found != own:
             names = self.tokenizer.convert_ids_to_tokens(sorted((found - own) + (own - found)))
-            raise StreamError(f"text tokenises to the control tokens {names}, or hides them: {text[:80]!r}")
+            raise StreamError(f"text tokenises to the control tokens {names}: {text[:80]!r}")
 
     def _pieces(self) -> tuple[str, str, str, str, str]:
         """What stands before the system text, the first user text and a reply; what a reply's own text may start with;

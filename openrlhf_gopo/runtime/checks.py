@@ -44,6 +44,24 @@ def check_dialogues(args: SimpleNamespace, config: GopoConfig, env: Environment,
         _check_budget(args, config, env, policy, goal)
 
 
+def gpus_needed(args: SimpleNamespace, config: GopoConfig) -> int:
+    """GPUs that all groups and engines together ask for."""
+    policies = 1 if config.sharing == "shared" else 2
+    actor = args.actor.num_nodes * args.actor.num_gpus_per_node
+    if args.train.colocate_all:
+        return actor
+    reference = args.ref.num_nodes * args.ref.num_gpus_per_node if args.algo.kl.init_coef > 0 else 0
+    if args.train.colocate_actor_ref:
+        reference = 0
+    critic = args.critic.num_nodes * args.critic.num_gpus_per_node if args.critic.model_name_or_path else 0
+    engines = args.vllm.num_engines * args.vllm.tensor_parallel_size
+    if policies == 2:
+        engines += (config.expert_num_engines or args.vllm.num_engines) * args.vllm.tensor_parallel_size
+        actor += args.expert.num_nodes * args.expert.num_gpus_per_node
+        reference *= 2
+    return actor + reference + critic + engines
+
+
 def _check_budget(args, config, env, policy, goal) -> None:
     catalogue = env.catalogue(goal)
     opening = env.start(goal, seed=0).opening
@@ -115,6 +133,8 @@ def _check_placement(args: SimpleNamespace, config: GopoConfig) -> None:
                 f"--train.colocate_all: {name} has {ranks} ranks and {engines} engines of "
                 f"{args.vllm.tensor_parallel_size}; they must cover the same GPUs"
             )
+    if args.train.colocate_all:
+        _check_same_gpus(args, roles)
     if args.train.colocate_all and len(roles) == 2:
         share = args.vllm.gpu_memory_utilization
         both = share + (config.expert_gpu_memory_utilization or share)
@@ -125,6 +145,19 @@ def _check_placement(args: SimpleNamespace, config: GopoConfig) -> None:
             )
 
 
+def _check_same_gpus(args: SimpleNamespace, roles: dict[str, SimpleNamespace]) -> None:
+    """With --train.colocate_all every group stands on the GPUs of --actor.*."""
+    actor = args.actor.num_nodes * args.actor.num_gpus_per_node
+    groups = roles | ({"critic": args.critic} if args.critic.model_name_or_path else {})
+    for name, group in groups.items():
+        ranks = group.num_nodes * group.num_gpus_per_node
+        if ranks != actor:
+            raise ConfigError(
+                f"--{name}.num_gpus_per_node {group.num_gpus_per_node}: with --train.colocate_all every group stands "
+                f"on the {actor} GPUs of --actor.*, got {ranks} ranks; give both the same"
+            )
+
+
 def _check_batches(args: SimpleNamespace, config: GopoConfig) -> None:
     samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
     if samples % args.train.batch_size:
@@ -132,7 +165,8 @@ def _check_batches(args: SimpleNamespace, config: GopoConfig) -> None:
             f"--train.batch_size {args.train.batch_size}: does not divide the {samples} dialogues of one rollout "
             "(--rollout.batch_size x --rollout.n_samples_per_prompt); the rest would never be trained on"
         )
-    for name in ("actor",) if config.sharing == "shared" else ("actor", "expert"):
+    groups = ["actor"] if config.sharing == "shared" else ["actor", "expert"]
+    for name in [*groups, *(["critic"] if args.critic.model_name_or_path else [])]:
         role = getattr(args, name)
         ranks = role.num_nodes * role.num_gpus_per_node // args.ds.tensor_parallel_size
         if args.rollout.batch_size % ranks:

