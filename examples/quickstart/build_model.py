@@ -12,7 +12,7 @@ platform.activate()  # before transformers: without a GPU a CUDA build of torchv
 # ruff: noqa: E402
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from openrlhf_gopo.cli.export_sft import export
 from openrlhf_gopo.envs import load_environment
@@ -26,7 +26,7 @@ CHATML = (
 def train_tokenizer(texts, vocab: int, max_len: int) -> PreTrainedTokenizerFast:
     """A ChatML tokenizer of at most ``vocab`` tokens, all 256 bytes included."""
     bpe = Tokenizer(models.BPE())
-    # One token a digit: order numbers and prices are then copied digit by digit, which a small model learns soon.
+    # One token a digit, so that the digits of order numbers and prices are seen often enough to be copied.
     digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
     bpe.decoder = decoders.ByteLevel()
@@ -61,7 +61,8 @@ def main() -> None:
     texts = [m["content"] for streams in played for stream in streams.values() for m in stream]
     tokenizer = train_tokenizer(texts, args.vocab, args.max_len)
     torch.manual_seed(args.seed)
-    config = Qwen2Config(
+    # Not Qwen2: for that type transformers replaces the saved tokenizer's splitting rules by Qwen's own.
+    config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=args.hidden,
         intermediate_size=args.hidden * 8 // 3 // 64 * 64,
@@ -69,12 +70,13 @@ def main() -> None:
         num_attention_heads=args.hidden // 64,
         num_key_value_heads=args.hidden // 64,
         max_position_embeddings=args.max_len,
+        initializer_range=args.hidden**-0.5,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"{model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer)} tokens -> {args.out}")

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from openrlhf_gopo import platform
 from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.envs import Environment, load_environment
 from openrlhf_gopo.errors import GopoError
@@ -23,12 +24,15 @@ from openrlhf_gopo.types import Trajectory
 Messages = list[dict[str, str]]
 
 
-def messages(trajectory: Trajectory, env: Environment, labels: list[str]) -> dict[str, Messages]:
+def messages(
+    trajectory: Trajectory, env: Environment, labels: list[str], names_only: bool = False
+) -> dict[str, Messages]:
     """One dialogue as each role's conversation: what it reads as user messages, what it does as assistant messages."""
     catalogue = env.catalogue(trajectory.goal)
     by_id = {s.id: (label, s) for s, label in zip(catalogue, labels, strict=False)}
     context = trajectory.goal.context
-    expert = [_message("system", prompts.expert_system(labels[: len(catalogue)], catalogue, context))]
+    system = prompts.expert_system(labels[: len(catalogue)], catalogue, context, names_only=names_only)
+    expert = [_message("system", system)]
     responder = [_message("system", prompts.responder_system(context))]
     previous: str | None = None
     for turn in trajectory.turns:
@@ -42,15 +46,23 @@ def messages(trajectory: Trajectory, env: Environment, labels: list[str]) -> dic
     return {EXPERT: expert, RESPONDER: responder}
 
 
+def single_turns(conversation: Messages) -> Iterator[Messages]:
+    """Each exchange as a conversation of its own: short sequences, on which a small model soon learns to copy facts."""
+    exchanges = [m for m in conversation if m["role"] != "system"]
+    yield from (exchanges[i : i + 2] for i in range(0, len(exchanges), 2))
+
+
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def export(env: Environment, labels: list[str], count: int, skill: float, seed: int) -> Iterator[dict[str, Messages]]:
+def export(
+    env: Environment, labels: list[str], count: int, skill: float, seed: int, names_only: bool = False
+) -> Iterator[dict[str, Messages]]:
     """``count`` dialogues of the imperfect script (see ``evaluation.scripted``) as conversations of both roles."""
     for trajectory in demonstrations(env, count, skill, seed):
         if trajectory.turns:
-            yield messages(trajectory, env, labels)
+            yield messages(trajectory, env, labels, names_only)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,15 +72,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", default=None, help="as --gopo.data of train_gopo")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face model or folder; decides the labels")
     parser.add_argument("--labels", default=None, help="as --gopo.labels of train_gopo")
+    parser.add_argument("--names_only", action="store_true", help="as --gopo.names_only of train_gopo")
     parser.add_argument("--dialogues", type=int, default=1000)
     parser.add_argument("--skill", type=float, default=0.5, help="probability that the script picks the best strategy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="folder for expert.jsonl, responder.jsonl, both.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the .jsonl files")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write expert.jsonl, responder.jsonl, and both.jsonl (their union, for one base model of both roles)."""
+    """Write expert.jsonl, responder.jsonl, both.jsonl (their union) and replies.jsonl (one reply each)."""
     args = build_parser().parse_args(argv)
     try:
         _export(args)
@@ -78,20 +91,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    platform.activate()  # before transformers is imported
     from transformers import AutoTokenizer
 
     env = load_environment(args.env, args.data)
     labels = list(choose_labels(AutoTokenizer.from_pretrained(args.tokenizer), env.catalogue_size(), args.labels))
     args.out.mkdir(parents=True, exist_ok=True)
-    files = {name: (args.out / f"{name}.jsonl").open("w") for name in (EXPERT, RESPONDER, "both")}
-    for conversations in export(env, labels, args.dialogues, args.skill, args.seed):
-        for role, conversation in conversations.items():
-            line = json.dumps({"messages": conversation}) + "\n"
-            files[role].write(line)
-            files["both"].write(line)
-    for file in files.values():
-        file.close()
-    print(f"{args.dialogues} dialogues of {env.name} -> {args.out}/expert.jsonl, responder.jsonl, both.jsonl")
+    played = list(export(env, labels, args.dialogues, args.skill, args.seed, args.names_only))
+    sets = {role: [conversations[role] for conversations in played] for role in (EXPERT, RESPONDER)}
+    sets["both"] = [conversation for conversations in played for conversation in conversations.values()]
+    sets["replies"] = [turn for conversation in sets[RESPONDER] for turn in single_turns(conversation)]
+    for name, conversations in sets.items():
+        lines = (json.dumps({"messages": conversation}) + "\n" for conversation in conversations)
+        (args.out / f"{name}.jsonl").write_text("".join(lines))
+    print(f"{len(played)} dialogues of {env.name} -> {args.out}/" + "{" + ",".join(sets) + "}.jsonl")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     try:
         args, config = parse(argv)
+        platform.activate()  # before transformers is imported
         _run(args, config)
     except GopoError as error:
         print(f"train_gopo: error: {error}", file=sys.stderr)
@@ -168,7 +169,6 @@ def _run(args: SimpleNamespace, config: GopoConfig) -> None:
         )
         return
     results.mkdir(parents=True, exist_ok=True)
-    platform.activate()
     from openrlhf_gopo.runtime import launch
 
     phases = launch.train(args, config, results)

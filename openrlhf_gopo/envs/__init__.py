@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def _from_file(name: str, path: Path, attribute: str) -> object:
     assert spec is not None  # a .py path always has a spec
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
     spec.loader.exec_module(module)
     if not hasattr(module, attribute):
         raise ConfigError(f"--gopo.env {name}: {path} defines no {attribute}")

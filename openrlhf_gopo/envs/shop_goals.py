@@ -114,19 +114,19 @@ def _slots(rng: random.Random, family: str) -> dict[str, str | int]:
     item, other, best = (f"{letter}{n}" for n in rng.sample(range(2, 10), 3))
     price = lowest + rng.randrange(0, 20)
     off = rng.randrange(3, 8)
-    order, new_order = (f"{rng.choice('ABCD')}{n}" for n in rng.sample(range(100, 1000), 2))
+    order, new_order = (f"{rng.choice('ABCD')}{n}" for n in rng.sample(range(1, 10), 2))
     day, later = sorted(rng.sample(range(len(DAYS)), 2))
     fee = rng.randrange(2, 6)
     return {
         **{"family": family, "use": rng.choice(uses), "item": item, "other": other, "best": best},
         **{"price": price, "other_price": price + rng.randrange(4, 12), "best_price": price + rng.randrange(12, 30)},
-        **{"off": off, "total": price - off, "code": f"S{rng.randrange(10, 100)}", "budget": price + 3},
+        **{"off": off, "total": price - off, "code": f"S{rng.randrange(1, 10)}", "budget": price + 3},
         **{"order_id": order, "new_order": new_order},
         **{"day": DAYS[day], "later": DAYS[later], "city": rng.choice(CITIES), "years": rng.randrange(2, 6)},
         **{"limit": rng.choice((14, 30, 60)), "fee": fee, "refund": price - fee},
-        **{"coupon": f"Q{rng.randrange(10, 100)}", "reason": rng.choice(REASONS), "fault": rng.choice(FAULTS)},
+        **{"coupon": f"Q{rng.randrange(1, 10)}", "reason": rng.choice(REASONS), "fault": rng.choice(FAULTS)},
         **{"method": rng.choice(METHODS), "extra": rng.choice(EXTRAS), "extra_price": rng.randrange(3, 9)},
-        **{"name": rng.choice(NAMES), "address": f"{rng.choice(STREETS)} {rng.randrange(1, 90)}"},
+        **{"name": rng.choice(NAMES), "address": f"{rng.choice(STREETS)} {rng.randrange(1, 10)}"},
     }
 
 

@@ -7,9 +7,12 @@ from collections.abc import Iterable
 from openrlhf_gopo.types import Strategy
 
 
-def expert_system(labels: Iterable[str], catalogue: Iterable[Strategy], context: str) -> str:
-    """The expert's instructions: the labelled catalogue, then what is known of the goal."""
-    entries = [f"{label}: {s.name}. {s.description}" for label, s in zip(labels, catalogue, strict=True)]
+def expert_system(
+    labels: Iterable[str], catalogue: Iterable[Strategy], context: str, *, names_only: bool = False
+) -> str:
+    """The expert's instructions: the labelled catalogue (its names, or with descriptions), then what is known."""
+    text = [s.name if names_only else f"{s.name}. {s.description}" for s in catalogue]
+    entries = [f"{label}: {entry}" for label, entry in zip(labels, text, strict=True)]
     return "\n".join(["Pick the strategy of the agent's next turn. Answer with its label.", *entries, context])
 
 

@@ -58,19 +58,26 @@ class TwoLevelPolicy:
     Args:
         expert_tokenizer, responder_tokenizer: Hugging Face tokenizers with a chat template.
         catalogue_size: the largest catalogue of the environment.
-        labels: ``--gopo.labels`` or None.
+        labels: ``--gopo.labels`` or None. names_only: ``--gopo.names_only``.
     """
 
     def __init__(
-        self, expert_tokenizer: Any, responder_tokenizer: Any, catalogue_size: int, labels: str | None = None
+        self,
+        expert_tokenizer: Any,
+        responder_tokenizer: Any,
+        catalogue_size: int,
+        labels: str | None = None,
+        names_only: bool = False,
     ) -> None:
+        self.names_only = names_only
         self.expert = ChatTemplate(expert_tokenizer)
         self.responder = self.expert if responder_tokenizer is expert_tokenizer else ChatTemplate(responder_tokenizer)
         self.labels = choose_labels(expert_tokenizer, catalogue_size, labels)
 
     def streams(self, goal: Goal, catalogue: Sequence[Strategy]) -> tuple[StreamBuilder, StreamBuilder]:
         """Fresh (expert, responder) streams for one dialogue."""
-        system = prompts.expert_system(list(self.labels)[: len(catalogue)], catalogue, goal.context)
+        labels = list(self.labels)[: len(catalogue)]
+        system = prompts.expert_system(labels, catalogue, goal.context, names_only=self.names_only)
         return (
             StreamBuilder(self.expert, system),
             StreamBuilder(self.responder, prompts.responder_system(goal.context)),

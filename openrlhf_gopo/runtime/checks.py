@@ -169,6 +169,11 @@ def _check_batches(args: SimpleNamespace, config: GopoConfig) -> None:
     for name in [*groups, *(["critic"] if args.critic.model_name_or_path else [])]:
         role = getattr(args, name)
         ranks = role.num_nodes * role.num_gpus_per_node // args.ds.tensor_parallel_size
+        if ranks < 1:
+            raise ConfigError(
+                f"--{name}.num_gpus_per_node {role.num_gpus_per_node}: fewer than --ds.tensor_parallel_size "
+                f"{args.ds.tensor_parallel_size} of one copy of the model; raise it"
+            )
         if args.rollout.batch_size % ranks:
             raise ConfigError(
                 f"--rollout.batch_size {args.rollout.batch_size}: goals do not divide over the {ranks} ranks of "

@@ -25,6 +25,7 @@ class PolicySpec:
     expert_path: str
     responder_path: str
     labels: str | None
+    names_only: bool
     use_fast: bool = True
 
 
@@ -60,6 +61,7 @@ def policy_spec(args: SimpleNamespace, config: GopoConfig) -> PolicySpec:
         (args.actor if config.sharing == "shared" else args.expert).model_name_or_path,
         args.actor.model_name_or_path,
         config.labels,
+        config.names_only,
         not args.data.disable_fast_tokenizer,
     )
 
@@ -85,4 +87,4 @@ def build_policy(spec: PolicySpec) -> tuple[Environment, TwoLevelPolicy]:
     responder = load("--actor.model_name_or_path", spec.responder_path)
     same = spec.expert_path == spec.responder_path
     expert = responder if same else load("--expert.model_name_or_path", spec.expert_path)
-    return env, TwoLevelPolicy(expert, responder, env.catalogue_size(), spec.labels)
+    return env, TwoLevelPolicy(expert, responder, env.catalogue_size(), spec.labels, spec.names_only)

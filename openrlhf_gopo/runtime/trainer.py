@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from openrlhf.trainer.ppo_trainer import BasePPOTrainer
+from openrlhf.trainer.ppo_utils.experience import balance_experiences
 from openrlhf.utils.logging_utils import init_logger
 from tqdm import tqdm
 
@@ -42,6 +43,8 @@ class Learner(BasePPOTrainer):
         """One update on ``samples``; returns the metrics of the role, prefixed with its name."""
         start = time.time()
         experiences = self.experience_maker.make_experience_batch(samples)
+        if self.args.train.dynamic_batch_enable:
+            experiences = balance_experiences(experiences, self.args)
         made = time.time()
         refs = self.actor_model_group.async_run_method_batch(method_name="append", experience=experiences)
         if self.critic_model_group is not None:

@@ -90,9 +90,7 @@ def test_the_parameters_of_both_roles_changed(trained, role):
 
 
 def test_the_roles_became_different_models(trained):
-    expert, responder = (
-        AutoModelForCausalLM.from_pretrained(weights(trained, role)[2]).state_dict() for role in ROLES
-    )
+    expert, responder = (AutoModelForCausalLM.from_pretrained(weights(trained, role)[2]).state_dict() for role in ROLES)
     assert any(not torch.equal(expert[name], responder[name]) for name in expert)
 
 
@@ -155,7 +153,7 @@ def test_the_results_folder_is_complete(trained):
 
 def test_it_resumes_where_it_stopped(trained, train):
     """The same command with --ckpt.load_enable and one more pass: it goes on from step 2, not from the start."""
-    name, data, model, out, _ = trained
+    name, _, model, out, _ = trained
     if name != "shop":
         pytest.skip("once is enough")
     train(model, out, "--gopo.env", name, "--ckpt.load_enable", "--train.num_episodes", 2)

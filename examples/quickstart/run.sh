@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# From nothing to a trained two-level policy on a laptop without a GPU: installs, builds a small model, warm-starts it on
+# imperfect demonstrations with OpenRLHF's train_sft, trains GOPO on `shop`, and evaluates held-out goals before and after.
+# Settings, as environment variables: OUT (results), VENV, SEED, STEPS (GOPO updates).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+OUT=${OUT:-runs/quickstart}
+VENV=${VENV:-.venv}
+SEED=${SEED:-0}
+STEPS=${STEPS:-12}
+export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
+mkdir -p "$OUT"
+began=$SECONDS
+
+say() { printf '\n\033[1m[%3d s] %s\033[0m\n' $((SECONDS - began)) "$*"; }
+
+# $1: log name; the rest: a command. Its output goes to the log, the progress bar of the last line to the screen.
+logged() {
+    local log="$OUT/$1.log"
+    shift
+    "$@" >"$log" 2>&1 || { tail -n 30 "$log"; echo "failed; the whole log: $log"; exit 1; }
+}
+
+# $1: name; $2: model; $3: data; the rest: further flags.
+warm_start() {
+    logged "$1" "$VENV/bin/python" -m openrlhf_gopo.platform openrlhf.cli.train_sft \
+        --model.model_name_or_path "$2" --data.dataset "$3" --ckpt.output_dir "$OUT/$1" \
+        --data.input_key messages --data.multiturn --data.apply_chat_template --data.max_len 1280 \
+        --ds.attn_implementation sdpa --train.max_epochs 1 --train.seed "$SEED" "${@:4}"
+}
+
+say "1/5 install into $VENV"
+logged install bash examples/quickstart/install.sh "$VENV"
+
+say "2/5 build an untrained model of 2.6 M parameters and 1500 demonstrations of an imperfect script"
+logged model "$VENV/bin/python" examples/quickstart/build_model.py \
+    --env shop --hidden 256 --layers 3 --seed "$SEED" --out "$OUT/untrained"
+logged demonstrations "$VENV/bin/python" -m openrlhf_gopo.cli.export_sft \
+    --env shop --tokenizer "$OUT/untrained" --dialogues 1500 --skill 0.6 --names_only --seed "$SEED" --out "$OUT/demos"
+
+say "3/5 warm start on single replies (OpenRLHF's train_sft; progress in $OUT/warm_replies.log)"
+warm_start warm_replies "$OUT/untrained" "$OUT/demos/replies.jsonl" \
+    --train.batch_size 16 --train.micro_batch_size 16 --adam.lr 2e-3
+
+say "4/5 warm start on whole dialogues of both roles (progress in $OUT/warm.log)"
+warm_start warm "$OUT/warm_replies" "$OUT/demos/both.jsonl" \
+    --train.batch_size 8 --train.micro_batch_size 8 --adam.lr 1e-3 --data.max_samples 2000
+
+say "5/5 GOPO: expert and responder learn from $STEPS x 64 dialogues"
+"$VENV/bin/python" -m openrlhf.cli.train_gopo \
+    --gopo.env shop \
+    --gopo.names_only \
+    --gopo.common_random_numbers \
+    --gopo.expert_reward tse=1,esndcg=1 \
+    --gopo.reply_max_tokens 32 \
+    --actor.model_name_or_path "$OUT/warm" \
+    --actor.adam.lr 1e-4 \
+    --expert.adam.lr 1e-3 \
+    --actor.lr_scheduler constant \
+    --actor.lr_warmup_ratio 0 \
+    --algo.advantage.estimator group_norm \
+    --rollout.batch_size 8 \
+    --rollout.n_samples_per_prompt 8 \
+    --rollout.micro_batch_size 8 \
+    --rollout.temperature 0.8 \
+    --train.batch_size 16 \
+    --train.micro_batch_size 8 \
+    --train.seed "$SEED" \
+    --data.max_samples $((8 * STEPS)) \
+    --data.max_len 1280 \
+    --vllm.enable_prefix_caching \
+    --eval.steps 1000 \
+    --eval.temperature 0.8 \
+    --eval.n_samples_per_prompt 1 \
+    --gopo.eval_goals 100 \
+    --ckpt.path "$OUT/checkpoints" \
+    --ckpt.output_dir "$OUT" \
+    "$@"
+say "done; open $OUT/results/transcripts.html"

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# GOPO on the environment `shop` on a machine without a GPU. README.md beside this file.
+set -x
+
+MODEL=${MODEL:?a warm-started chat model, such as the one that examples/quickstart makes}
+OUT=${OUT:-runs/shop_cpu}
+
+python3 -m openrlhf.cli.train_gopo \
+   --gopo.env shop \
+   --gopo.reply_max_tokens 32 \
+   --gopo.expert_reward tse=1 \
+   --gopo.responder_reward tse=0.5,gre=1 \
+   --gopo.pref.pairing all \
+   --gopo.pref.weights mean \
+   --gopo.pref.reference sampler \
+   --gopo.eval_goals 160 \
+   --actor.model_name_or_path "$MODEL" \
+   --actor.adam.lr 1e-4 \
+   --actor.lr_warmup_ratio 0 \
+   --expert.adam.lr 5e-4 \
+   --algo.advantage.estimator group_norm \
+   --algo.kl.init_coef 0.01 \
+   --rollout.batch_size 8 \
+   --rollout.n_samples_per_prompt 8 \
+   --rollout.micro_batch_size 8 \
+   --train.batch_size 32 \
+   --train.micro_batch_size 8 \
+   --train.num_episodes 1 \
+   --data.max_samples 800 \
+   --data.max_len 1280 \
+   --vllm.num_engines 1 \
+   --vllm.enable_prefix_caching \
+   --vllm.enforce_eager \
+   --ds.attn_implementation sdpa \
+   --eval.steps 25 \
+   --eval.n_samples_per_prompt 1 \
+   --eval.temperature 1.0 \
+   --ckpt.save_steps 50 \
+   --ckpt.max_num 2 \
+   --ckpt.path "$OUT/ckpt" \
+   --ckpt.output_dir "$OUT" \
+   --logger.tensorboard_dir "$OUT/tensorboard" \
+   "$@"

