@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 OUT=${OUT:-runs/quickstart}
 VENV=${VENV:-.venv}
 SEED=${SEED:-0}
-STEPS=${STEPS:-12}
+STEPS=${STEPS:-16}
 export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 mkdir -p "$OUT"
 began=$SECONDS
@@ -55,7 +55,7 @@ say "5/5 GOPO: expert and responder learn from $STEPS x 64 dialogues"
     --gopo.reply_max_tokens 32 \
     --actor.model_name_or_path "$OUT/warm" \
     --actor.adam.lr 1e-4 \
-    --expert.adam.lr 1e-3 \
+    --expert.adam.lr 3e-4 \
     --actor.lr_scheduler constant \
     --actor.lr_warmup_ratio 0 \
     --algo.advantage.estimator group_norm \
