@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 OUT=${OUT:-runs/quickstart}
 VENV=${VENV:-.venv}
 SEED=${SEED:-0}
-STEPS=${STEPS:-16}
+STEPS=${STEPS:-20}
 export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 mkdir -p "$OUT"
 began=$SECONDS
@@ -52,10 +52,11 @@ say "5/5 GOPO: expert and responder learn from $STEPS x 64 dialogues"
     --gopo.names_only \
     --gopo.common_random_numbers \
     --gopo.expert_reward tse=1,esndcg=1 \
+    --gopo.responder_reward tse=1,realised=1 \
     --gopo.reply_max_tokens 32 \
     --actor.model_name_or_path "$OUT/warm" \
-    --actor.adam.lr 1e-4 \
-    --expert.adam.lr 3e-4 \
+    --actor.adam.lr 3e-4 \
+    --expert.adam.lr 4e-4 \
     --actor.lr_scheduler constant \
     --actor.lr_warmup_ratio 0 \
     --algo.advantage.estimator group_norm \
@@ -70,7 +71,7 @@ say "5/5 GOPO: expert and responder learn from $STEPS x 64 dialogues"
     --data.max_len 1280 \
     --vllm.enable_prefix_caching \
     --eval.steps 1000 \
-    --eval.temperature 0.8 \
+    --eval.temperature 0.6 \
     --eval.n_samples_per_prompt 1 \
     --gopo.eval_goals 100 \
     --ckpt.path "$OUT/checkpoints" \
