@@ -53,7 +53,7 @@ class GopoConfig:
     )
     max_turns: int = flag(None, "turns after which a dialogue is truncated; default: the environment's", kind=int)
     reply_max_tokens: int = flag(64, "token cap of one reply")
-    labels: str = flag(None, "comma-separated single-token strategy labels; default: A-Z, a-z, 0-9", kind=str)
+    labels: str = flag(None, "comma-separated single-token strategy labels; default: A-Z, a-z, 0-9, AA-ZZ", kind=str)
     names_only: bool = flag(False, "show the expert the strategies' names without their descriptions: shorter streams")
     expert_reward: str = flag("tse=1", "expert's return: weighted sum of trajectory metrics, e.g. tse=1,esndcg=0.5")
     responder_reward: str = flag("tse=0.5,gre=1", "responder's return, same form")

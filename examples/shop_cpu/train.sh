@@ -7,6 +7,7 @@ OUT=${OUT:-runs/shop_cpu}
 
 python3 -m openrlhf.cli.train_gopo \
    --gopo.env shop \
+   --gopo.names_only \
    --gopo.reply_max_tokens 32 \
    --gopo.expert_reward tse=1 \
    --gopo.responder_reward tse=0.5,gre=1 \

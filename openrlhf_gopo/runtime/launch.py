@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import ray
 from openrlhf.trainer.ray import create_vllm_engines
 from openrlhf.trainer.ray.launcher import RayActorGroup
@@ -43,7 +46,9 @@ def rollout_spec(args: SimpleNamespace, config: GopoConfig, max_turns: int) -> R
 
 def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str, list[Trajectory]]:
     """Build both roles, train them, save them; returns the held-out dialogues before and after."""
+    clock = [psutil.Process().create_time(), time.time()]
     init_ray(args, config)
+    clock.append(time.time())
     roles = make_roles(args, config)
     place(roles, args, config)
     env, policy = build_policy(policy_spec(args, config))
@@ -55,6 +60,9 @@ def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str,
     }
     trainer = GOPOTrainer(get_strategy(args), roles, env, config, spec, tokenizers, len(policy.labels), results)
     load_models(roles, trainer.max_steps, config)
+    clock.append(time.time())
+    parts = [after - before for before, after in pairwise(clock)]
+    trainer.log_metrics(0, dict(zip(("timing/imports", "timing/ray", "timing/models"), parts, strict=True)))
     phases = trainer.fit()
     saved = {id(role.actor): role for role in roles.values()}  # one model when shared
     ray.get([ref for role in saved.values() for ref in role.actor.async_save_model()])

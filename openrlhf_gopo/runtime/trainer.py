@@ -147,7 +147,7 @@ class GOPOTrainer(BasePPOTrainer):
                     "total_consumed_prompts": consumed,
                     "data_loader_state_dict": self.goals_dataloader.state_dict(),
                 }
-                self._log_metrics(global_step, status)
+                self.log_metrics(global_step, status)
                 self.save_logs_and_checkpoints(global_step, status, client_states)
                 if global_step % self.args.eval.steps == 0:
                     logs, played = self.evaluate(global_step)
@@ -195,7 +195,7 @@ class GOPOTrainer(BasePPOTrainer):
         if tse is not None:
             logs |= {"eval_tse_low": tse.low, "eval_tse_high": tse.high}
         logs["eval_failures"] = float(summary.failures)
-        self._log_metrics(global_step, logs)
+        self.log_metrics(global_step, logs)
         for tracker in (self.wandb_logger, self.tensorboard_logger):
             if tracker:
                 tracker.log_eval(global_step, logs)
@@ -257,7 +257,8 @@ class GOPOTrainer(BasePPOTrainer):
             status[f"rollout/{role}_tokens"] = sum(lengths) / max(len(lengths), 1)
         return status
 
-    def _log_metrics(self, global_step: int, status: dict[str, Any]) -> None:
+    def log_metrics(self, global_step: int, status: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
         record = {"global_step": global_step, "time": time.time(), **status}
         with (self.results / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
