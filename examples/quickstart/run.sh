@@ -51,20 +51,17 @@ say "5/5 GOPO: expert and responder learn from $STEPS x 64 dialogues"
     --gopo.env shop \
     --gopo.names_only \
     --gopo.common_random_numbers \
-    --gopo.expert_reward tse=1,esndcg=1 \
-    --gopo.responder_reward tse=1,realised=1 \
     --gopo.reply_max_tokens 32 \
     --actor.model_name_or_path "$OUT/warm" \
-    --actor.adam.lr 3e-4 \
-    --expert.adam.lr 4e-4 \
-    --actor.lr_scheduler constant \
+    --actor.adam.lr 1e-4 \
+    --expert.adam.lr 5e-4 \
     --actor.lr_warmup_ratio 0 \
     --algo.advantage.estimator group_norm \
     --rollout.batch_size 8 \
     --rollout.n_samples_per_prompt 8 \
     --rollout.micro_batch_size 8 \
     --rollout.temperature 0.8 \
-    --train.batch_size 16 \
+    --train.batch_size 32 \
     --train.micro_batch_size 8 \
     --train.seed "$SEED" \
     --data.max_samples $((8 * STEPS)) \
@@ -73,7 +70,7 @@ say "5/5 GOPO: expert and responder learn from $STEPS x 64 dialogues"
     --eval.steps 1000 \
     --eval.temperature 0.6 \
     --eval.n_samples_per_prompt 1 \
-    --gopo.eval_goals 100 \
+    --gopo.eval_goals 200 \
     --ckpt.path "$OUT/checkpoints" \
     --ckpt.output_dir "$OUT" \
     "$@"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from openrlhf_gopo.envs import load_environment
+from openrlhf_gopo.envs.checker import check_env
 from openrlhf_gopo.envs.star import Star
 from openrlhf_gopo.envs.star_reader import plain, shorten
 from openrlhf_gopo.envs.star_script import mentions
@@ -293,5 +294,5 @@ def test_replayed_words_are_in_the_data(real):
 
 @pytest.mark.parametrize("which", ["small", "real"])
 def test_the_checker_accepts_it(which, request):
-    checker = pytest.importorskip("openrlhf_gopo.envs.checker")
-    checker.check_env(request.getfixturevalue(which))
+    # The wizard's public clock ("right now it is Tuesday, 3 pm") may equal the day or hour that a user wants.
+    check_env(request.getfixturevalue(which), public=("Day", "StartTimeHour"))
