@@ -294,5 +294,6 @@ def test_replayed_words_are_in_the_data(real):
 
 @pytest.mark.parametrize("which", ["small", "real"])
 def test_the_checker_accepts_it(which, request):
-    # The wizard's public clock ("right now it is Tuesday, 3 pm") may equal the day or hour that a user wants.
-    check_env(request.getfixturevalue(which), public=("Day", "StartTimeHour"))
+    # What STAR's own instructions tell the wizard: today's date and clock, where the user is, words of the task.
+    told = ("Day", "StartTimeHour", "City", "DepartureLocation", "CodeType", "GuestName")
+    check_env(request.getfixturevalue(which), public=told)
