@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 OUT=${OUT:-runs/quickstart}
 VENV=${VENV:-.venv}
 SEED=${SEED:-0}
-STEPS=${STEPS:-20}
+STEPS=${STEPS:-16}
 export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 mkdir -p "$OUT"
 began=$SECONDS

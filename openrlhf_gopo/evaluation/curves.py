@@ -172,7 +172,7 @@ def _preferences(axes: Axes, metrics: Metrics) -> None:
     drawn = [
         _line(axes, metrics.get("expert/pref_accuracy"), "preference accuracy (left)", BLUE),
         _line(right, metrics.get("expert/pref_loss"), "preference loss (right)", RED),
-        _line(right, metrics.get("expert/entropy"), "expert entropy (right)", GREEN),
+        _line(right, metrics.get("expert/entropy_loss"), "expert entropy (right)", GREEN),
     ]
     axes.set_ylim(-0.03, 1.03)
     if drawn[0]:

@@ -199,7 +199,7 @@ def test_a_bad_metrics_line_is_named(tmp_path, content, message):
     [
         [],
         [{"global_step": 1, "eval_tse": 3.0}],
-        [{"rollout/tse": 1.0, "rollout/stop/closed": 1.0}, {"expert/entropy": 0.5}],
+        [{"rollout/tse": 1.0, "rollout/stop/closed": 1.0}, {"expert/entropy_loss": 0.5}],
         [
             {
                 "global_step": i,
