@@ -113,11 +113,6 @@ class _RolePolicy(ppo_actor.PolicyModelActor.__ray_metadata__.modified_class):
         with self.actor.choosing(mm_train_inputs_list):
             return super().forward(*args, **kwargs)
 
-    def parameter_digest(self) -> dict[str, float]:
-        """Sum of absolute values of each parameter, in float64: equal digests, equal weights (tests, resume checks)."""
-        named = self.actor.model.module.named_parameters()
-        return {name: float(p.detach().double().abs().sum()) for name, p in named}
-
 
 class _RoleReference(launcher.ReferenceModelActor.__ray_metadata__.modified_class):
     def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
