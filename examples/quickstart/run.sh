@@ -11,6 +11,7 @@ STEPS=${STEPS:-16}
 export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 mkdir -p "$OUT"
 began=$SECONDS
+trap 'jobs -p | xargs -r kill 2>/dev/null || true' EXIT
 
 say() { printf '\n\033[1m[%3d s] %s\033[0m\n' $((SECONDS - began)) "$*"; }
 
@@ -23,7 +24,8 @@ logged() {
 
 # $1: name; $2: model; $3: data; the rest: further flags.
 warm_start() {
-    logged "$1" "$VENV/bin/python" -m openrlhf_gopo.platform openrlhf.cli.train_sft \
+    # Half of the cores: two run side by side.
+    OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) logged "$1" "$VENV/bin/python" -m openrlhf_gopo.platform openrlhf.cli.train_sft \
         --model.model_name_or_path "$2" --data.dataset "$3" --ckpt.output_dir "$OUT/$1" \
         --data.input_key messages --data.multiturn --data.apply_chat_template --data.max_len 1280 \
         --ds.attn_implementation sdpa --train.max_epochs 1 --train.seed "$SEED" "${@:4}"
@@ -32,19 +34,24 @@ warm_start() {
 say "1/5 install into $VENV"
 logged install bash examples/quickstart/install.sh "$VENV"
 
-say "2/5 build an untrained model of 2.6 M parameters and 1500 demonstrations of an imperfect script"
+say "2/5 build an untrained model of 2.6 M parameters and 2400 demonstrations of an imperfect script"
 logged model "$VENV/bin/python" examples/quickstart/build_model.py \
     --env shop --hidden 256 --layers 3 --seed "$SEED" --out "$OUT/untrained"
-logged demonstrations "$VENV/bin/python" -m openrlhf_gopo.cli.export_sft \
-    --env shop --tokenizer "$OUT/untrained" --dialogues 1500 --skill 0.6 --names_only --seed "$SEED" --out "$OUT/demos"
+logged demonstrations "$VENV/bin/python" -m openrlhf_gopo.cli.export_sft --env shop --tokenizer "$OUT/untrained" \
+    --dialogues 2400 --skill 0.7 --slip 0 --names_only --seed "$SEED" --out "$OUT/demos"
 
-say "3/5 warm start on single replies (OpenRLHF's train_sft; progress in $OUT/warm_replies.log)"
+say "3/5 warm start of the expert on its choices and, beside it, of the responder on single replies
+        (OpenRLHF's train_sft; progress in $OUT/warm_*.log)"
+warm_start warm_expert "$OUT/untrained" "$OUT/demos/expert.jsonl" \
+    --train.batch_size 8 --train.micro_batch_size 8 --adam.lr 1e-3 &
+expert=$!
 warm_start warm_replies "$OUT/untrained" "$OUT/demos/replies.jsonl" \
     --train.batch_size 16 --train.micro_batch_size 16 --adam.lr 2e-3
 
-say "4/5 warm start on whole dialogues of both roles (progress in $OUT/warm.log)"
-warm_start warm "$OUT/warm_replies" "$OUT/demos/both.jsonl" \
-    --train.batch_size 8 --train.micro_batch_size 8 --adam.lr 1e-3 --data.max_samples 2000
+say "4/5 warm start of the responder on whole dialogues"
+warm_start warm_responder "$OUT/warm_replies" "$OUT/demos/responder.jsonl" \
+    --train.batch_size 8 --train.micro_batch_size 8 --adam.lr 1e-3 --data.max_samples 1000
+wait "$expert"
 
 say "5/5 GOPO: expert and responder learn from $STEPS x 64 dialogues"
 "$VENV/bin/python" -m openrlhf.cli.train_gopo \
@@ -52,15 +59,15 @@ say "5/5 GOPO: expert and responder learn from $STEPS x 64 dialogues"
     --gopo.names_only \
     --gopo.common_random_numbers \
     --gopo.reply_max_tokens 32 \
-    --actor.model_name_or_path "$OUT/warm" \
+    --actor.model_name_or_path "$OUT/warm_responder" \
+    --expert.model_name_or_path "$OUT/warm_expert" \
     --actor.adam.lr 1e-4 \
-    --expert.adam.lr 5e-4 \
+    --expert.adam.lr 3e-4 \
     --actor.lr_warmup_ratio 0 \
     --algo.advantage.estimator group_norm \
     --rollout.batch_size 8 \
     --rollout.n_samples_per_prompt 8 \
     --rollout.micro_batch_size 8 \
-    --rollout.temperature 0.8 \
     --train.batch_size 32 \
     --train.micro_batch_size 8 \
     --train.seed "$SEED" \
@@ -68,7 +75,7 @@ say "5/5 GOPO: expert and responder learn from $STEPS x 64 dialogues"
     --data.max_len 1280 \
     --vllm.enable_prefix_caching \
     --eval.steps 1000 \
-    --eval.temperature 0.6 \
+    --eval.temperature 1.0 \
     --eval.n_samples_per_prompt 1 \
     --gopo.eval_goals 200 \
     --ckpt.path "$OUT/checkpoints" \

@@ -16,7 +16,7 @@ from openrlhf_gopo import platform
 from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.envs import Environment, load_environment
 from openrlhf_gopo.errors import GopoError
-from openrlhf_gopo.evaluation.scripted import demonstrations
+from openrlhf_gopo.evaluation.scripted import SLIP, demonstrations
 from openrlhf_gopo.policy import prompts
 from openrlhf_gopo.policy.labels import choose_labels
 from openrlhf_gopo.types import Trajectory
@@ -57,10 +57,17 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def export(
-    env: Environment, labels: list[str], count: int, skill: float, seed: int, names_only: bool = False
+    env: Environment,
+    labels: list[str],
+    count: int,
+    skill: float,
+    seed: int,
+    *,
+    slip: float = SLIP,
+    names_only: bool = False,
 ) -> Iterator[dict[str, Messages]]:
     """``count`` dialogues of the imperfect script (see ``evaluation.scripted``) as conversations of both roles."""
-    for trajectory in demonstrations(env, count, skill, seed):
+    for trajectory in demonstrations(env, count, skill, seed, slip):
         if trajectory.turns:
             yield messages(trajectory, env, labels, names_only)
 
@@ -75,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--names_only", action="store_true", help="as --gopo.names_only of train_gopo")
     parser.add_argument("--dialogues", type=int, default=1000)
     parser.add_argument("--skill", type=float, default=0.5, help="probability that the script picks the best strategy")
+    parser.add_argument("--slip", type=float, default=SLIP, help="probability that a reply belongs to another strategy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder for the .jsonl files")
     return parser
@@ -97,7 +105,9 @@ def _export(args: argparse.Namespace) -> None:
     env = load_environment(args.env, args.data)
     labels = list(choose_labels(AutoTokenizer.from_pretrained(args.tokenizer), env.catalogue_size(), args.labels))
     args.out.mkdir(parents=True, exist_ok=True)
-    played = list(export(env, labels, args.dialogues, args.skill, args.seed, args.names_only))
+    played = list(
+        export(env, labels, args.dialogues, args.skill, args.seed, slip=args.slip, names_only=args.names_only)
+    )
     sets = {role: [conversations[role] for conversations in played] for role in (EXPERT, RESPONDER)}
     sets["both"] = [conversation for conversations in played for conversation in conversations.values()]
     sets["replies"] = [turn for conversation in sets[RESPONDER] for turn in single_turns(conversation)]

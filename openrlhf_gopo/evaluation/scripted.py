@@ -20,6 +20,8 @@ from openrlhf_gopo.types import Goal, StopReason, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
 
+SLIP = 0.05  # share of replies that the script takes from another strategy
+
 
 @dataclass(frozen=True)
 class ScriptedPolicy:
@@ -34,7 +36,7 @@ class ScriptedPolicy:
 
     skill: float = 1.0
     seed: int = 0
-    slip: float = 0.05
+    slip: float = SLIP
 
     def __post_init__(self) -> None:
         for name, value in (("skill", self.skill), ("slip", self.slip)):
@@ -107,7 +109,7 @@ def _converse(env: Environment, trajectory: Trajectory, policy: ScriptedPolicy, 
     return StopReason.MAX_TURNS
 
 
-def demonstrations(env: Environment, n: int, skill: float, seed: int, slip: float = 0.05) -> Iterator[Trajectory]:
+def demonstrations(env: Environment, n: int, skill: float, seed: int, slip: float = SLIP) -> Iterator[Trajectory]:
     """Yield ``n`` scripted dialogues over the training goals, in their order, again and again with fresh user noise.
 
     Raises:

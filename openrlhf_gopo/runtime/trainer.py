@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +169,13 @@ class GOPOTrainer(BasePPOTrainer):
     def train_step(self, samples: list[DialogueSample], global_step: int) -> tuple[dict[str, Any], int]:
         """Both roles learn from ``samples``, then both engines get the new weights."""
         status = self._rollout_metrics(samples)
-        for learner in self.learners.values():
-            status.update(learner.learn(samples, global_step))
+        start = time.time()
+        # On devices of their own the roles learn at the same time; on the same devices, one after the other.
+        together = 1 if self.shared or self.args.train.colocate_all else len(self.learners)
+        with ThreadPoolExecutor(together) as pool:
+            for learned in pool.map(lambda learner: learner.learn(samples, global_step), self.learners.values()):
+                status.update(learned)
+        status["timing/learn"] = time.time() - start
         start = time.time()
         self.broadcast_to_vllm()
         status["timing/sync"] = time.time() - start
