@@ -20,6 +20,9 @@ def flag(default: Any, help: str, *, choices: tuple[str, ...] | None = None, kin
 class PreferenceConfig:
     """``--gopo.pref.*``: the expert's trajectory-level preference loss (ours, see ``core.preference``)."""
 
+    coef: float = flag(
+        1.0, "weight of the preference term in the expert's advantages; 0: the turn-level term alone"
+    )
     pairing: str = flag(
         "all", "which pairs of a group are compared", choices=("all", "best_worst", "adjacent", "listwise")
     )
@@ -35,6 +38,7 @@ class PreferenceConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self, "gopo.pref")
+        _require(self.coef >= 0, "--gopo.pref.coef", self.coef, "give 0 or more")
         _require(self.beta > 0, "--gopo.pref.beta", self.beta, "give a positive number")
         _require(0 < self.discount < 1, "--gopo.pref.discount", self.discount, "give a number in (0, 1)")
         _require(self.margin >= 0, "--gopo.pref.margin", self.margin, "give 0 or more")
@@ -57,6 +61,25 @@ class GopoConfig:
     names_only: bool = flag(False, "show the expert the strategies' names without their descriptions: shorter streams")
     expert_reward: str = flag("tse=1", "expert's return: weighted sum of trajectory metrics, e.g. tse=1,esndcg=0.5")
     responder_reward: str = flag("tse=0.5,gre=1", "responder's return, same form")
+    expert_pg_coef: float = flag(
+        0.0, "weight of the turn-level term in the expert's advantages"
+    )
+    expert_pg: str = flag(
+        "group",
+        "turn-level advantages of the expert: returns to go against the group, or gae with a critic on decisions",
+        choices=("group", "gae"),
+    )
+    credit: str = flag(
+        "trajectory",
+        "responder's reward: the whole return at the last token, or what each turn earned at the end of its reply",
+        choices=("trajectory", "turn"),
+    )
+    schedule: str = flag(
+        "joint",
+        "who learns: both at every step, in turns of --gopo.schedule_steps (the expert first), or one role alone",
+        choices=("joint", "alternate", EXPERT, RESPONDER),
+    )
+    schedule_steps: int = flag(1, "steps of one role's turn with --gopo.schedule alternate")
     common_random_numbers: bool = flag(False, "give every trajectory of a group the same user noise")
     user_timeout: float = flag(60.0, "seconds one call of the environment may take before the dialogue fails")
     attempts: int = flag(2, "times a failing dialogue is run before it is quarantined")
@@ -76,13 +99,33 @@ class GopoConfig:
         _require(
             bool(self.env), "--gopo.env", self.env, "name an environment: shop, star, or path/to/file.py:ClassName"
         )
-        for name in ("max_turns", "reply_max_tokens", "attempts", "eval_goals", "expert_num_engines"):
+        for name in ("max_turns", "reply_max_tokens", "attempts", "eval_goals", "expert_num_engines", "schedule_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--gopo.{name}", value, "give 1 or more")
+        _require(self.expert_pg_coef >= 0, "--gopo.expert_pg_coef", self.expert_pg_coef, "give 0 or more")
+        _require(
+            self.pref.coef + self.expert_pg_coef > 0,
+            "--gopo.pref.coef",
+            self.pref.coef,
+            "the expert has no term left to learn from; raise it or --gopo.expert_pg_coef",
+        )
         _require(self.user_timeout > 0, "--gopo.user_timeout", self.user_timeout, "give a positive number of seconds")
         _require(
             0 <= self.max_failure_rate <= 1, "--gopo.max_failure_rate", self.max_failure_rate, "give a share in [0, 1]"
         )
+
+    @property
+    def expert_has_critic(self) -> bool:
+        """True when the expert's turn-level term needs a critic of its own."""
+        return self.expert_pg == "gae" and self.expert_pg_coef > 0
+
+    def learners(self, step: int) -> tuple[str, ...]:
+        """The roles that learn at ``step`` (0, 1, ...)."""
+        if self.schedule == "joint":
+            return (EXPERT, RESPONDER)
+        if self.schedule == "alternate":
+            return ((EXPERT, RESPONDER)[step // self.schedule_steps % 2],)
+        return (self.schedule,)
 
 
 def flags(cls: type) -> Iterator[Field]:

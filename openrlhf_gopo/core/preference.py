@@ -45,6 +45,8 @@ def preference_pairs(returns: torch.Tensor, *, pairing: str, margin: float = 0.0
     ``all``: every such pair; ``best_worst``: the first best against the first worst; ``adjacent``: neighbours in the
     stable order of falling return. A group without spread gives P = 0.
     """
+    if len(returns) == 0:  # a group of which every trajectory was quarantined: there is no best one to look for
+        return torch.empty((0, 2), dtype=torch.long, device=returns.device)
     order = torch.argsort(returns, descending=True, stable=True)
     if pairing == "all":
         winners, losers = torch.triu_indices(len(order), len(order), offset=1)
@@ -52,7 +54,7 @@ def preference_pairs(returns: torch.Tensor, *, pairing: str, margin: float = 0.0
     elif pairing == "adjacent":
         pairs = torch.stack([order[:-1], order[1:]], dim=1)
     elif pairing == "best_worst":
-        pairs = torch.stack([returns.argmax(), returns.argmin()]).unsqueeze(0)[: len(order)]
+        pairs = torch.stack([returns.argmax(), returns.argmin()]).unsqueeze(0)
     else:
         raise ValueError(f"preference_pairs: unknown pairing {pairing!r}")
     return pairs[returns[pairs[:, 0]] - returns[pairs[:, 1]] > margin]
@@ -108,11 +110,12 @@ def preference_coefficients(
 
     Returns:
         coefficients (M,) in float64, and metrics: ``pref_loss``, ``pref_accuracy`` (share of pairs whose winner has
-        the larger m; ties count half), ``pref_pairs`` and ``pref_groups_without_spread`` as counts.
+        the larger m; ties count half), ``pref_margin`` and ``pref_return_gap`` (mean m_w - m_l and R_w - R_l),
+        ``pref_pairs`` and ``pref_groups_without_spread`` as counts.
     """
     m = log_ratios.detach().double().requires_grad_(True)
     returns = returns.double()
-    losses, gaps, flat = [], [], 0
+    losses, gaps, apart, flat = [], [], [], 0
     # The comparisons need gradients even when a caller (upstream's experience maker) switched them off.
     with torch.enable_grad():
         for group in groups:
@@ -129,12 +132,15 @@ def preference_coefficients(
                     )
                 )
             gaps.append((m[group][pairs[:, 0]] - m[group][pairs[:, 1]]).detach())
+            apart.append(returns[group][pairs[:, 0]] - returns[group][pairs[:, 1]])
         loss = torch.cat(losses).mean() if losses else (m * 0.0).sum()
         (gradient,) = torch.autograd.grad(loss, m)
     gap = torch.cat(gaps) if gaps else m.new_zeros(0)
     metrics = {
         "pref_loss": float(loss.detach()),
         "pref_accuracy": float(((gap > 0).double() + 0.5 * (gap == 0).double()).mean()) if len(gap) else 0.5,
+        "pref_margin": float(gap.mean()) if len(gap) else 0.0,
+        "pref_return_gap": float(torch.cat(apart).mean()) if len(gap) else 0.0,
         "pref_pairs": float(len(gap)),
         "pref_groups_without_spread": float(flat),
     }

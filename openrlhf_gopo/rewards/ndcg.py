@@ -26,9 +26,15 @@ def esndcg(trajectory: Trajectory) -> float:
     >>> round(esndcg(Trajectory(Goal("g", "", "", {"x": 1.0}), 0, 0, [first, second])), 4)
     0.5307
     """
-    gained = possible = 0.0
-    for t, turn in enumerate(trajectory.turns):
-        discount = math.log2(t + 2)
-        gained += turn.relevance.get(turn.strategy, 0) / discount
-        possible += max(turn.relevance.values(), default=0) / discount
-    return gained / possible if possible > 0 else 0.0
+    return sum(gains(trajectory))
+
+
+def gains(trajectory: Trajectory) -> list[float]:
+    """What each turn adds to ESNDCG: rel_t(z_t) / log2(t + 2) over the denominator above."""
+    discounts = [math.log2(t + 2) for t in range(len(trajectory.turns))]
+    best = (max(turn.relevance.values(), default=0) for turn in trajectory.turns)
+    possible = sum(grade / discount for grade, discount in zip(best, discounts, strict=True))
+    return [
+        turn.relevance.get(turn.strategy, 0) / discount / possible if possible > 0 else 0.0
+        for turn, discount in zip(trajectory.turns, discounts, strict=True)
+    ]

@@ -57,18 +57,28 @@ def no_repetition(reply: str, earlier: Sequence[str]) -> float:
     return len(distinct) / len(grams) * (1.0 - seen / len(distinct))
 
 
-def response_scores(trajectory: Trajectory) -> dict[str, float]:
-    """``realised``, ``grounded``, ``no_repetition`` and ``gre`` of a trajectory, each in [0, 1]; 0 without turns."""
-    turns = trajectory.turns
+def reply_scores(trajectory: Trajectory) -> list[dict[str, float]]:
+    """``realised``, ``grounded``, ``no_repetition`` and ``gre`` of every reply, each in [0, 1]."""
     knowledge = values(trajectory.goal.context)
-    totals = {"realised": 0.0, "grounded": 0.0, "no_repetition": 0.0}
-    for t, turn in enumerate(turns):
+    scores: list[dict[str, float]] = []
+    earlier: list[str] = []
+    for turn in trajectory.turns:
         knowledge |= values(turn.user) | values(turn.briefing)
-        totals["realised"] += realised(turn)
-        totals["grounded"] += grounded(turn, knowledge)
-        totals["no_repetition"] += no_repetition(turn.reply, [before.reply for before in turns[:t]])
-    means = {name: total / len(turns) if turns else 0.0 for name, total in totals.items()}
-    return {**means, "gre": sum(means.values()) / len(means)}
+        parts = {
+            "realised": realised(turn),
+            "grounded": grounded(turn, knowledge),
+            "no_repetition": no_repetition(turn.reply, earlier),
+        }
+        scores.append({**parts, "gre": sum(parts.values()) / len(parts)})
+        earlier.append(turn.reply)
+    return scores
+
+
+def response_scores(trajectory: Trajectory) -> dict[str, float]:
+    """The means of ``reply_scores`` over the trajectory's replies; 0 without turns."""
+    replies = reply_scores(trajectory)
+    names = ("realised", "grounded", "no_repetition", "gre")
+    return {name: sum(reply[name] for reply in replies) / max(len(replies), 1) for name in names}
 
 
 def gre(trajectory: Trajectory) -> float:

@@ -1,28 +1,50 @@
-"""From dialogues to advantages: the preference loss for the expert, upstream's estimators for the responder."""
+"""From dialogues to advantages: the preference loss for the expert, upstream's estimators for the responder.
+
+Whatever is one number per action is computed here on the actions alone, in float64, and scattered into upstream's
+padded tensors at the end.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
-from openrlhf_gopo.config import PreferenceConfig
+from openrlhf_gopo.config import EXPERT, GopoConfig
 from openrlhf_gopo.core.preference import decision_advantages, preference_coefficients, turn_weights
+from openrlhf_gopo.core.turn_level import gae, group_baseline, returns_to_go, unit_scale
 from openrlhf_gopo.runtime.samples import DialogueSample, to_experience
 
 
-class GOPOExperienceMaker(RemoteExperienceMaker):
-    """Upstream's maker for one role of two-level dialogues; by itself it is the responder's.
+@dataclass
+class Batch:
+    """The actions of a rollout in upstream's order of experiences, dialogue after dialogue.
 
-    ``metrics`` holds what the last batch showed, for the log.
+    ``masks``: per dialogue (A,), True at its actions. ``counts``: actions of each. ``groups``: LongTensors of the indices
+    of dialogues of one goal; quarantined ones are in none.
     """
 
-    def __init__(self, *args: Any, role: str, num_labels: int, **kwargs: Any) -> None:
+    samples: list[DialogueSample]
+    masks: list[torch.Tensor]
+    counts: list[int]
+    groups: list[torch.Tensor]
+
+    def gather(self, rows: list[torch.Tensor]) -> torch.Tensor:
+        """One value per action, (N,) float64, from rows (A,)."""
+        return torch.cat([row[mask] for row, mask in zip(rows, self.masks, strict=True)]).double()
+
+
+class GOPOExperienceMaker(RemoteExperienceMaker):
+    """Upstream's maker for one role of two-level dialogues. ``metrics``: what the last batch showed, for the log."""
+
+    def __init__(self, *args: Any, role: str, num_labels: int, config: GopoConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.role, self.num_labels = role, num_labels
+        self.role, self.num_labels, self.config = role, num_labels, config
         self.metrics: dict[str, float] = {}
+        self._samples: list[DialogueSample] = []
 
     def make_experience_batch(self, samples: list[DialogueSample]) -> list[Experience]:
         """Experiences in upstream's micro-batches. A group is contiguous, so it stays whole on one rank.
@@ -30,6 +52,7 @@ class GOPOExperienceMaker(RemoteExperienceMaker):
         A quarantined trajectory takes the mean return of the others of its group: no baseline moves by it, and its
         empty action mask gives it no gradient.
         """
+        self._samples = samples
         size = self.args.rollout.n_samples_per_prompt
         experiences = []
         for start in range(0, len(samples), size):
@@ -43,20 +66,84 @@ class GOPOExperienceMaker(RemoteExperienceMaker):
         return super().make_experience_batch(experiences)
 
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
-        """Upstream's forward passes. A sample without actions has mean KL 0, not 0/0."""
+        """Upstream's forward passes. A sample without actions has mean KL 0, not 0/0.
+
+        ``sampler_mismatch``: mean |log pi| difference between sampler (vLLM) and trainer over all actions.
+        """
         experiences = super().make_experience(samples_list)
         for experience in experiences:
             for key in ("kl", "logprobs_diff"):
                 experience.info[key] = experience.info[key].nan_to_num(0.0)
+        apart = [(e.rollout_log_probs - e.action_log_probs.float()).abs()[e.action_mask.bool()] for e in experiences]
+        self.metrics = {"sampler_mismatch": float(torch.cat(apart).mean().nan_to_num(0.0))}
+        return experiences
+
+    def _batch(self, experiences: list[Experience]) -> Batch:
+        order = [int(i) for e in experiences for i in e.index]
+        masks = [row.bool() for e in experiences for row in e.action_mask]
+        size = self.args.rollout.n_samples_per_prompt
+        goals = torch.tensor([i // size for i in order])
+        quarantined = torch.tensor([self._samples[i].quarantined for i in order])
+        groups = [((goals == goal) & ~quarantined).nonzero().flatten() for goal in goals.unique()]
+        return Batch([self._samples[i] for i in order], masks, [int(mask.sum()) for mask in masks], groups)
+
+    def _attach(self, experiences: list[Experience], batch: Batch, values: torch.Tensor, returns: torch.Tensor) -> None:
+        """Scatter advantages, less the KL penalty to go where there is one, and critic targets; (N,) actions each."""
+        rows = zip(batch.masks, values.split(batch.counts), returns.split(batch.counts), strict=True)
+        for experience in experiences:
+            experience.advantages = torch.zeros_like(experience.action_log_probs, dtype=torch.float32)
+            experience.returns = torch.zeros_like(experience.advantages)
+            for row in range(len(experience.advantages)):
+                mask, advantage, target = next(rows)
+                penalty = self.kl_ctl.value * experience.kl[row][mask].flip(0).cumsum(0).flip(0)
+                experience.advantages[row][mask] = (advantage - penalty).float()
+                experience.returns[row][mask] = target.float()
+            experience.info["return"] = experience.rewards
+            experience.kl = None
+
+
+class ResponderExperienceMaker(GOPOExperienceMaker):
+    """The responder's maker: upstream's estimators, on one return per trajectory or on what every turn earned."""
+
+    @torch.no_grad()
+    def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
+        """Upstream's, or with ``--gopo.credit turn``: every reply's reward at its last token, returns to go.
+
+        gae runs over action tokens only, so that the user's words between two replies discount nothing; the other
+        estimators subtract their baseline from each reply's return to go (``core.turn_level.group_baseline``), and all
+        of its tokens get the result. --reward.clip_range bounds every reply's reward; upstream's length penalties, one
+        per trajectory, are refused.
+        """
+        if self.config.credit == "trajectory":
+            return super().compute_advantages_and_returns(experiences)
+        batch = self._batch(experiences)
+        spans = [[end - start for start, end in _spans(sample, self.role)] for sample in batch.samples]
+        earned = torch.tensor([r for sample in batch.samples for r in sample.earned[self.role]], dtype=torch.float64)
+        earned = earned.clamp(*self.args.reward.clip_range)
+        tokens = torch.tensor([tokens for lengths in spans for tokens in lengths], dtype=torch.long)
+        estimator, gamma = self.args.algo.advantage.estimator, self.args.algo.advantage.gamma
+        if estimator == "gae":
+            rewards = torch.zeros(sum(batch.counts), dtype=torch.float64)
+            rewards[tokens.cumsum(0) - 1] = earned
+            values = batch.gather([row for e in experiences for row in e.values])
+            advantages = gae(rewards, values, batch.counts, gamma=gamma, lambd=self.args.algo.advantage.lambd)
+            self._attach(experiences, batch, _whiten(advantages, self.args), advantages + values)
+            return experiences
+        replies = [len(lengths) for lengths in spans]
+        togo = group_baseline(returns_to_go(earned, replies), replies, batch.groups, estimator=estimator)
+        advantages = torch.repeat_interleave(togo, tokens)
+        if estimator in ("reinforce", "reinforce_baseline"):
+            advantages = _whiten(advantages, self.args)
+        self._attach(experiences, batch, advantages, advantages)
         return experiences
 
 
 class ExpertExperienceMaker(GOPOExperienceMaker):
-    """The expert's maker: advantages are the preference coefficients of whole trajectories, spread over decisions."""
+    """The expert's maker: the preference coefficients of whole trajectories, spread over decisions, and optionally
+    turn-level advantages beside them."""
 
-    def __init__(self, *args: Any, preference: PreferenceConfig, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.preference = preference
         self._reference_refs: list = []
 
     def _dispatch_forward(self, group: Any, sync_condition: bool, **kwargs: Any) -> list:
@@ -67,55 +154,68 @@ class ExpertExperienceMaker(GOPOExperienceMaker):
 
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
-        """Advantages (B, A) of the decisions, zero elsewhere, from the trust-region form of the preference loss.
+        """Advantages (B, A) of the decisions, zero elsewhere: pref.coef x preference term + expert_pg_coef x turn term.
 
-        c_i at the sampler's parameters, spread by w_t and scaled to unit root mean square over the batch, minus the
-        KL penalty to go (when KL is not a loss) as upstream subtracts it from its rewards.
+        Each term is scaled to unit root mean square over the batch, so that the coefficients compare; the KL penalty to
+        go (when KL is not a loss) is subtracted as upstream subtracts it from its rewards.
         """
-        pref = self.preference
-        order = torch.tensor([i for e in experiences for i in e.index])
-        masks = [row.bool() for e in experiences for row in e.action_mask]
-        counts = torch.tensor([int(mask.sum()) for mask in masks])
-        weights = torch.cat([turn_weights(int(n), mode=pref.weights, discount=pref.discount) for n in counts])
-        owner = torch.repeat_interleave(torch.arange(len(masks)), counts)
-        ratios = self._log_ratios(experiences, masks).double()
-        log_ratios = torch.zeros(len(masks), dtype=torch.float64).index_add(0, owner, weights * ratios)
+        batch = self._batch(experiences)
+        advantages = self.config.pref.coef * self._preference_term(experiences, batch)
+        targets = torch.zeros_like(advantages)
+        if self.config.expert_pg_coef > 0:
+            turn_level, targets = self._turn_term(experiences, batch)
+            advantages = advantages + self.config.expert_pg_coef * unit_scale(turn_level)
+        self._attach(experiences, batch, advantages, targets)
+        return experiences
+
+    def _preference_term(self, experiences: list[Experience], batch: Batch) -> torch.Tensor:
+        """The trust-region form of the preference loss: c_i at the sampler's parameters, spread by w_t, (N,)."""
+        pref = self.config.pref
+        weights = torch.cat([turn_weights(n, mode=pref.weights, discount=pref.discount) for n in batch.counts])
+        owner = torch.repeat_interleave(torch.arange(len(batch.counts)), torch.tensor(batch.counts))
+        ratios = weights * self._log_ratios(experiences, batch)
+        log_ratios = torch.zeros(len(batch.counts), dtype=torch.float64).index_add(0, owner, ratios)
         returns = torch.cat([e.rewards for e in experiences])
-        quarantined = torch.cat([e.info["quarantined"] for e in experiences]).bool()
-        group_of = order // self.args.rollout.n_samples_per_prompt
-        groups = [((group_of == g) & ~quarantined).nonzero().flatten() for g in group_of.unique()]
-        coefficients, self.metrics = preference_coefficients(
+        coefficients, metrics = preference_coefficients(
             log_ratios,
             returns,
-            groups,
+            batch.groups,
             pairing=pref.pairing,
             beta=pref.beta,
             margin=pref.margin,
             label_smoothing=pref.label_smoothing,
             offset=pref.offset,
         )
-        advantages = decision_advantages(coefficients, owner, weights).split(counts.tolist())
-        self._attach(experiences, masks, advantages)
-        return experiences
+        self.metrics |= metrics
+        return decision_advantages(coefficients, owner, weights)
 
-    def _log_ratios(self, experiences: list[Experience], masks: list[torch.Tensor]) -> torch.Tensor:
+    def _turn_term(self, experiences: list[Experience], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn-level advantages of the decisions and the critic's targets, (N,) each."""
+        earned = torch.tensor([r for sample in batch.samples for r in sample.earned[EXPERT]], dtype=torch.float64)
+        options = self.args.algo.advantage
+        if self.config.expert_pg == "gae":
+            values = batch.gather([row for e in experiences for row in e.values])
+            advantages = gae(earned, values, batch.counts, gamma=options.gamma, lambd=options.lambd)
+            return advantages - advantages.mean(), advantages + values
+        togo = returns_to_go(earned, batch.counts, options.gamma)
+        return group_baseline(togo, batch.counts, batch.groups, estimator="reinforce_baseline"), togo
+
+    def _log_ratios(self, experiences: list[Experience], batch: Batch) -> torch.Tensor:
         """log pi - log pi_ref of every decision of the batch, (N,): zero when the sampler is the reference."""
         current = [row for e in experiences for row in e.action_log_probs]
-        if self.preference.reference == "sampler":
+        if self.config.pref.reference == "sampler":
             reference = current
         else:
             copies = self.args.ds.ring_attn_size * self.args.ds.tensor_parallel_size
-            reference = [row for batch in self._flatten_results(self._reference_refs, copies) for row in batch]
-        return torch.cat([(c - r)[mask] for c, r, mask in zip(current, reference, masks, strict=True)])
+            reference = [row for rows in self._flatten_results(self._reference_refs, copies) for row in rows]
+        return batch.gather(current) - batch.gather(reference)
 
-    def _attach(self, experiences: list[Experience], masks: list[torch.Tensor], advantages: Any) -> None:
-        rows = iter(zip(masks, advantages, strict=True))
-        for experience in experiences:
-            experience.advantages = torch.zeros_like(experience.action_log_probs, dtype=torch.float32)
-            for row in range(len(experience.advantages)):
-                mask, values = next(rows)
-                penalty = self.kl_ctl.value * experience.kl[row][mask].flip(0).cumsum(0).flip(0)
-                experience.advantages[row][mask] = (values - penalty).float()
-            experience.returns = experience.advantages.clone()
-            experience.info["return"] = experience.rewards
-            experience.kl = None
+
+def _spans(sample: DialogueSample, role: str) -> list[tuple[int, int]]:
+    return [] if sample.quarantined else sample.trajectory.streams[role].spans
+
+
+def _whiten(advantages: torch.Tensor, args: Any) -> torch.Tensor:
+    """As upstream: zero mean over the batch's actions and, unless --algo.advantage.no_std_norm, unit variance."""
+    centred = advantages - advantages.mean()
+    return centred if args.algo.advantage.no_std_norm else centred * centred.pow(2).mean().clamp(min=1e-8).rsqrt()

@@ -59,16 +59,15 @@ def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str,
         for name, role in roles.items()
     }
     trainer = GOPOTrainer(get_strategy(args), roles, env, config, spec, tokenizers, len(policy.labels), results)
-    load_models(roles, trainer.max_steps, config)
+    load_models(roles, trainer.max_steps)
     clock.append(time.time())
     parts = [after - before for before, after in pairwise(clock)]
     trainer.log_metrics(0, dict(zip(("timing/imports", "timing/ray", "timing/models"), parts, strict=True)))
     phases = trainer.fit()
     saved = {id(role.actor): role for role in roles.values()}  # one model when shared
     ray.get([ref for role in saved.values() for ref in role.actor.async_save_model()])
-    critic = roles[RESPONDER].critic
-    if critic is not None and args.critic.save_value_network:
-        ray.get(critic.async_save_model())
+    if args.critic.save_value_network:
+        ray.get([ref for role in roles.values() if role.critic is not None for ref in role.critic.async_save_model()])
     return phases
 
 
@@ -169,7 +168,7 @@ def _engines(args: SimpleNamespace, everything: Any) -> list:
     )
 
 
-def load_models(roles: dict[str, Role], max_steps: int, config: GopoConfig) -> None:
+def load_models(roles: dict[str, Role], max_steps: int) -> None:
     """Load every model. Engines are asked too: one that died at start would otherwise hang the weight-sync group."""
     refs = []
     for role in {id(r.actor): r for r in roles.values()}.values():
@@ -181,7 +180,7 @@ def load_models(roles: dict[str, Role], max_steps: int, config: GopoConfig) -> N
     while refs:  # whichever fails first is raised first
         done, refs = ray.wait(refs, num_returns=1)
         ray.get(done)
-    critic = roles[RESPONDER].critic
-    if critic is not None:
-        strategy = roles[RESPONDER].strategy
-        ray.get(critic.async_init_model_from_pretrained(strategy, strategy.args.critic.model_name_or_path, max_steps))
+    for role in roles.values():
+        if role.critic is not None:
+            path = role.args.critic.model_name_or_path
+            ray.get(role.critic.async_init_model_from_pretrained(role.strategy, path, max_steps))

@@ -33,12 +33,13 @@ class Role:
 def role_args(args: SimpleNamespace, role: str, config: GopoConfig) -> SimpleNamespace:
     """Upstream's arguments with ``args.actor`` being ``role``, and folders of its own.
 
-    The expert has no critic, and its engines are its own. Loggers belong to the trainer, not to a role.
+    The expert's critic, if it has one, starts from the expert's model, and its engines are its own. Loggers belong to
+    the trainer, not to a role.
     """
     own = deepcopy(args)
     if role == EXPERT:
         own.actor = deepcopy(args.expert)
-        own.critic.model_name_or_path = None
+        own.critic.model_name_or_path = args.expert.model_name_or_path if config.expert_has_critic else None
         if own.actor.entropy_coef is None:  # upstream: 0 means log it; a categorical's entropy costs nothing
             own.actor.entropy_coef = 0.0
         own.vllm.num_engines = config.expert_num_engines or args.vllm.num_engines

@@ -8,18 +8,24 @@ from dataclasses import dataclass
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 
-from openrlhf_gopo.config import EXPERT
+from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.core.categorical import pad_allowed
 from openrlhf_gopo.rewards.joint import joint
+from openrlhf_gopo.rewards.turns import decision_rewards, turn_rewards
 from openrlhf_gopo.types import StopReason, Stream, Trajectory
 
 
 @dataclass
 class DialogueSample:
-    """One trajectory and its return under each role's reward weights (0 when quarantined)."""
+    """One trajectory and its return under each role's reward weights (0 when quarantined).
+
+    ``earned``: the same return action by action (see ``rewards.turns``), as many as the role's stream has spans; what
+    came before the expert's first decision is not in it.
+    """
 
     trajectory: Trajectory
     returns: dict[str, float]
+    earned: dict[str, list[float]]
 
     @property
     def quarantined(self) -> bool:
@@ -34,9 +40,15 @@ class DialogueSample:
     @classmethod
     def of(cls, trajectory: Trajectory, weights: Mapping[str, Mapping[str, float]]) -> DialogueSample:
         """Attach the returns; ``weights`` maps a role to its reward weights."""
-        failed = trajectory.stop is StopReason.FAILED
-        returns = {role: 0.0 if failed else joint(trajectory.rewards, w) for role, w in weights.items()}
-        return cls(trajectory, returns)
+        if trajectory.stop is StopReason.FAILED:
+            return cls(trajectory, dict.fromkeys(weights, 0.0), {role: [] for role in weights})
+        earned = {
+            EXPERT: decision_rewards(trajectory, weights[EXPERT]),
+            RESPONDER: turn_rewards(trajectory, weights[RESPONDER]),
+        }
+        for role, rewards in earned.items():  # a decision without a turn: the responder's stream was full
+            rewards += [0.0] * (len(trajectory.streams[role].spans) - len(rewards))
+        return cls(trajectory, {role: joint(trajectory.rewards, w) for role, w in weights.items()}, earned)
 
 
 def to_experience(sample: DialogueSample, role: str, num_labels: int) -> Experience:

@@ -18,7 +18,7 @@ from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.envs import Environment
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.evaluation.summary import summarise
-from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, GOPOExperienceMaker
+from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, GOPOExperienceMaker, ResponderExperienceMaker
 from openrlhf_gopo.runtime.roles import Role
 from openrlhf_gopo.runtime.samples import DialogueSample
 from openrlhf_gopo.runtime.samples_generator import GoalDataset, GOPOSamplesGenerator, RolloutSpec
@@ -34,10 +34,9 @@ class Learner(BasePPOTrainer):
         super().__init__(role.strategy, role.actor, role.critic, None, role.reference, role.engines, tokenizer)
         self.role = role.name
         groups = (role.actor, role.critic, None, role.reference, self.kl_ctl, role.strategy, tokenizer)
-        self.experience_maker: GOPOExperienceMaker = (
-            ExpertExperienceMaker(*groups, role=EXPERT, num_labels=num_labels, preference=config.pref)
-            if role.name == EXPERT
-            else GOPOExperienceMaker(*groups, role=RESPONDER, num_labels=num_labels)
+        maker = ExpertExperienceMaker if role.name == EXPERT else ResponderExperienceMaker
+        self.experience_maker: GOPOExperienceMaker = maker(
+            *groups, role=role.name, num_labels=num_labels, config=config
         )
 
     def learn(self, samples: list[DialogueSample], global_step: int) -> dict[str, Any]:
@@ -83,7 +82,7 @@ class GOPOTrainer(BasePPOTrainer):
         super().__init__(strategy, *groups, tokenizers[RESPONDER])
         self.config, self.results = config, results
         self.learners = {name: Learner(role, config, num_labels, tokenizers[name]) for name, role in roles.items()}
-        self.shared = config.sharing == "shared"
+        self.shared, self.num_labels = config.sharing == "shared", num_labels
         for interval in (self.args.eval, self.args.ckpt):
             key = "steps" if interval is self.args.eval else "save_steps"
             if getattr(interval, key) == -1:
@@ -106,10 +105,12 @@ class GOPOTrainer(BasePPOTrainer):
         batches = len(train) // self.args.rollout.batch_size
         self.steps_per_episode = batches
         updates = batches * self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt
-        # One scheduler step per optimizer step; a shared model takes those of both roles.
-        self.max_steps = (
-            updates // self.args.train.batch_size * self.args.train.num_episodes * self.args.train.max_epochs
-        ) * (2 if self.shared else 1)
+        steps = updates // self.args.train.batch_size * self.args.train.num_episodes * self.args.train.max_epochs
+        # One scheduler step per optimizer step of a model; a shared model takes those of both roles.
+        if config.schedule == "alternate" and not self.shared:
+            self.max_steps = -(-steps // 2)
+        else:
+            self.max_steps = steps * (2 if self.shared and config.schedule == "joint" else 1)
 
     def fit(self, global_step: int = 0) -> dict[str, list[Trajectory]]:
         """Train for ``--train.num_episodes`` passes over the goals.
@@ -167,23 +168,24 @@ class GOPOTrainer(BasePPOTrainer):
         return phases
 
     def train_step(self, samples: list[DialogueSample], global_step: int) -> tuple[dict[str, Any], int]:
-        """Both roles learn from ``samples``, then both engines get the new weights."""
+        """The roles whose turn it is learn from ``samples``, then their engines get the new weights."""
         status = self._rollout_metrics(samples)
         start = time.time()
+        roles = self.config.learners(global_step)
         # On devices of their own the roles learn at the same time; on the same devices, one after the other.
-        together = 1 if self.shared or self.args.train.colocate_all else len(self.learners)
+        together = 1 if self.shared or self.args.train.colocate_all else len(roles)
         with ThreadPoolExecutor(together) as pool:
-            for learned in pool.map(lambda learner: learner.learn(samples, global_step), self.learners.values()):
+            for learned in pool.map(lambda role: self.learners[role].learn(samples, global_step), roles):
                 status.update(learned)
         status["timing/learn"] = time.time() - start
         start = time.time()
-        self.broadcast_to_vllm()
+        self.broadcast_to_vllm(roles)
         status["timing/sync"] = time.time() - start
         return status, global_step + 1
 
-    def broadcast_to_vllm(self) -> None:
-        """Send each role's weights to its engines; with sharing there is one set of both."""
-        for name in (RESPONDER,) if self.shared else (EXPERT, RESPONDER):
+    def broadcast_to_vllm(self, roles: tuple[str, ...] = (EXPERT, RESPONDER)) -> None:
+        """Send the weights of ``roles`` to their engines; with sharing there is one set of both."""
+        for name in (RESPONDER,) if self.shared else roles:
             self.learners[name].broadcast_to_vllm()
 
     def evaluate(self, global_step: int) -> tuple[dict[str, float], list[Trajectory]]:
@@ -221,15 +223,19 @@ class GOPOTrainer(BasePPOTrainer):
         super().save_best_checkpoint(eval_metrics, global_step, client_states)
 
     def _save_expert(self, tag: str, client_states: Any, value: float | None) -> None:
-        ray.get(
-            self.learners[EXPERT].actor_model_group.async_run_method(
-                method_name="save_checkpoint",
-                tag=tag,
-                client_states=dict(client_states or {}),
-                metric_value=value,
-                metric_key=self.best_eval_metric_key,
-            )
+        expert = self.learners[EXPERT]
+        refs = expert.actor_model_group.async_run_method(
+            method_name="save_checkpoint",
+            tag=tag,
+            client_states=dict(client_states or {}),
+            metric_value=value,
+            metric_key=self.best_eval_metric_key,
         )
+        if expert.critic_model_group is not None:
+            refs += expert.critic_model_group.async_run_method(
+                method_name="save_checkpoint", tag=tag, metric_value=value, metric_key=self.best_eval_metric_key
+            )
+        ray.get(refs)
 
     def _resume(self) -> dict[str, Any]:
         """Where to go on: the checkpoint of both roles, or the start.
@@ -258,6 +264,10 @@ class GOPOTrainer(BasePPOTrainer):
         status: dict[str, Any] = {f"rollout/{key}": interval.mean for key, interval in summary.metrics.items()}
         status |= {f"rollout/stop/{key}": share for key, share in summary.stops.items()}
         status["rollout/failures"] = float(len(samples) - len(kept))
+        turns = [turn for s in kept for turn in s.trajectory.turns]
+        status["rollout/forced_turns"] = sum(turn.forced for turn in turns) / max(len(turns), 1)
+        allowed = sum(len(turn.allowed) for turn in turns) / max(len(turns), 1)
+        status["rollout/masked_labels"] = 1.0 - allowed / self.num_labels
         for role in self.learners:
             lengths = [len(s.trajectory.streams[role].tokens) for s in kept]
             status[f"rollout/{role}_tokens"] = sum(lengths) / max(len(lengths), 1)

@@ -7,15 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.errors import ConfigError, DialogueError
+from openrlhf_gopo.evaluation.scripted import demonstrations
 from openrlhf_gopo.rewards import joint as joint_module
-from openrlhf_gopo.rewards import ndcg, response, text
+from openrlhf_gopo.rewards import ndcg, response, text, turns
 from openrlhf_gopo.rewards import tse as tse_module
 from openrlhf_gopo.rewards.joint import METRICS, joint, parse_weights, score
 from openrlhf_gopo.rewards.ndcg import esndcg
 from openrlhf_gopo.rewards.response import no_repetition, response_scores
 from openrlhf_gopo.rewards.text import mentions, values
 from openrlhf_gopo.rewards.tse import focused_engagement, progress, tse
+from openrlhf_gopo.rewards.turns import turn_rewards
 from openrlhf_gopo.types import Goal, StopReason, Trajectory, Turn
 
 GOAL = Goal("g1", "refund", "order desk", {"find": 0.2, "refund": 0.5, "close": 0.3})
@@ -30,7 +33,7 @@ def turn(reply="ok then", user="hi", **fields) -> Turn:
     return Turn(user, reply=reply, **fields)
 
 
-@pytest.mark.parametrize("module", [tse_module, ndcg, response, joint_module, text])
+@pytest.mark.parametrize("module", [tse_module, ndcg, response, joint_module, text, turns])
 def test_the_worked_examples_of_the_docstrings_hold(module):
     outcome = doctest.testmod(module)
     assert outcome.attempted > 0
@@ -289,3 +292,18 @@ def test_the_best_choice_at_every_turn_has_the_highest_esndcg(found):
 @given(st.dictionaries(st.sampled_from(METRICS), st.floats(-5, 5), min_size=1))
 def test_weights_survive_writing_and_parsing(weights):
     assert parse_weights(",".join(f"{name}={weight!r}" for name, weight in weights.items())) == weights
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("skill", [0.0, 0.7, 1.0])
+def test_what_the_turns_earned_is_the_return(metric, skill):
+    """On real dialogues, for every metric: nothing of the joint reward is lost or counted twice."""
+    env = load_environment("shop", None)
+    for trajectory in demonstrations(env, 12, skill, seed=3):
+        earned = turn_rewards(trajectory, {metric: 2.0})
+        assert len(earned) == len(trajectory.turns)
+        assert sum(earned) == pytest.approx(joint(trajectory.rewards, {metric: 2.0}), abs=1e-9)
+
+
+def test_a_dialogue_without_turns_earned_nothing():
+    assert turn_rewards(Trajectory(Goal("g", "i", "", {"x": 1.0}), 0, 0), {"tse": 1.0}) == []

@@ -1,0 +1,173 @@
+"""From scored dialogues to advantages, with upstream's own experience maker underneath.
+
+There is no model: what models would give, log-probabilities and values, is set by hand.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController
+
+from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig, PreferenceConfig
+from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, ResponderExperienceMaker
+from openrlhf_gopo.runtime.samples import DialogueSample, to_experience
+from openrlhf_gopo.types import Goal, StopReason, Stream, Trajectory, Turn
+
+GOAL = Goal("g", "refund", "", {"find": 0.4, "refund": 0.6})
+WEIGHTS = {EXPERT: {"tse": 1.0}, RESPONDER: {"tse": 1.0}}
+
+
+def dialogue(*completed, forced=()):
+    """One dialogue, fully engaged, so that what its turns earned is the weight of what they completed.
+
+    Expert stream: a decision at tokens 2, 5, 8, ...; responder stream: replies of two tokens.
+    """
+    trajectory = Trajectory(GOAL, 0, 0, stop=StopReason.USER_LEFT)
+    expert, responder = Stream(tokens=[0]), Stream(tokens=[0])
+    for t, done in enumerate(completed):
+        turn = Turn("hi", ("a", "b"), "a", "ok", completed=done, engagement=1.0, on_task=True, forced=t in forced)
+        trajectory.turns.append(turn)
+        expert.tokens += [1, 7, 9]
+        if not turn.forced:
+            expert.spans.append((len(expert.tokens) - 1, len(expert.tokens)))
+            expert.allowed.append([9, 10])
+        responder.tokens += [1, 5, 6]
+        responder.spans.append((len(responder.tokens) - 2, len(responder.tokens)))
+    for stream in (expert, responder):
+        stream.logprobs = [0.0] * len(stream.tokens)
+    trajectory.streams = {EXPERT: expert, RESPONDER: responder}
+    tse = 100 * sum(GOAL.subgoals[s] for done in completed for s in done)
+    trajectory.rewards = {"tse": tse}
+    return DialogueSample.of(trajectory, WEIGHTS)
+
+
+def quarantined():
+    sample = dialogue((), ())
+    sample.trajectory.stop = StopReason.FAILED
+    return DialogueSample.of(sample.trajectory, WEIGHTS)
+
+
+def advantages(cls, role, samples, *, kl=0.0, values=None, estimator="group_norm", gamma=1.0, lambd=1.0, **config):
+    """Advantages of the actions of each sample; ``kl`` per token and ``values`` (of every action alike) are given."""
+    args = SimpleNamespace(
+        algo=SimpleNamespace(
+            advantage=SimpleNamespace(estimator=estimator, gamma=gamma, lambd=lambd, no_std_norm=True),
+            kl=SimpleNamespace(use_loss=False, init_coef=0.5),
+        ),
+        rollout=SimpleNamespace(n_samples_per_prompt=len(samples)),
+        reward=SimpleNamespace(
+            clip_range=(-10, 10), overlong_buffer_len=None, stop_properly_penalty_coef=None, overlong_penalty_factor=1
+        ),
+        ds=SimpleNamespace(ring_attn_size=1, tensor_parallel_size=1),
+    )
+    strategy = SimpleNamespace(args=args)
+    groups = (None, None, None, None, FixedKLController(0.5), strategy, None)
+    maker = cls(*groups, role=role, num_labels=2, config=config_of(config))
+    maker._samples = samples
+    experiences = []
+    for i, sample in enumerate(samples):
+        experience = to_experience(sample, role, 2)
+        shape = experience.action_mask.shape
+        experience.index = [i]
+        experience.action_log_probs = torch.zeros(shape)
+        experience.kl = torch.full(shape, kl)
+        experience.values = None if values is None else torch.full(shape, float(values))
+        experiences.append(experience)
+    made = maker.compute_advantages_and_returns(experiences)
+    ours = role == EXPERT or config.get("credit") == "turn"
+    for experience in made if ours else ():  # upstream leaves numbers there, which its losses mask
+        assert not experience.advantages[~experience.action_mask.bool()].any()
+    return [e.advantages[e.action_mask.bool()].tolist() for e in made], made
+
+
+def config_of(options):
+    pref = {k.removeprefix("pref_"): v for k, v in options.items() if k.startswith("pref_")}
+    rest = {k: v for k, v in options.items() if not k.startswith("pref_")}
+    return GopoConfig(env="shop", pref=PreferenceConfig(**pref), **rest)
+
+
+BOTH, HALF = dialogue(("find",), ("refund",)), dialogue((), ("find",))
+
+
+def test_a_reply_is_credited_with_what_came_after_it():
+    # Returns to go: (1, 0.6) and (0.4, 0.4); their mean is 0.6. Two tokens a reply.
+    found, _ = advantages(ResponderExperienceMaker, RESPONDER, [BOTH, HALF], estimator="dr_grpo", credit="turn")
+    assert found[0] == pytest.approx([0.4, 0.4, 0.0, 0.0])
+    assert found[1] == pytest.approx([-0.2] * 4)
+
+
+def test_trajectory_credit_is_upstreams():
+    # One return per dialogue, 1 and 0.4, less their mean, at every token.
+    found, _ = advantages(ResponderExperienceMaker, RESPONDER, [BOTH, HALF], estimator="dr_grpo")
+    assert found[0] == pytest.approx([0.3] * 4)
+    assert found[1] == pytest.approx([-0.3] * 4)
+
+
+def test_the_kl_penalty_is_paid_from_each_token_on():
+    plain, _ = advantages(ResponderExperienceMaker, RESPONDER, [BOTH, HALF], estimator="dr_grpo", credit="turn")
+    paid, _ = advantages(ResponderExperienceMaker, RESPONDER, [BOTH, HALF], estimator="dr_grpo", credit="turn", kl=0.1)
+    # 0.5 x 0.1 for each of the 4, 3, 2, 1 tokens that are left.
+    assert [a - b for a, b in zip(plain[0], paid[0], strict=True)] == pytest.approx([0.2, 0.15, 0.1, 0.05])
+
+
+def test_gae_of_replies_skips_the_users_words():
+    # V = 0, gamma 1, lambda 1/2; rewards 0.4 at token 1, 0.6 at token 3, of four action tokens in a row:
+    # A_3 = 0.6, A_2 = 0.3, A_1 = 0.4 + 0.15, A_0 = 0.275; whitening subtracts the mean 0.43125.
+    options = {"estimator": "gae", "lambd": 0.5, "values": 0.0, "credit": "turn"}
+    found, made = advantages(ResponderExperienceMaker, RESPONDER, [BOTH, BOTH], **options)
+    assert found[0] == pytest.approx([0.275 - 0.43125, 0.55 - 0.43125, 0.3 - 0.43125, 0.6 - 0.43125])
+    assert made[0].returns[made[0].action_mask.bool()].tolist() == pytest.approx([0.275, 0.55, 0.3, 0.6])
+
+
+def test_the_turn_term_of_the_expert():
+    # Returns to go (1, 0.6) and (0.4, 0.4) less their mean 0.6: (0.4, 0), (-0.2, -0.2), over their root mean square.
+    scale = ((0.16 + 0.04 + 0.04) / 4) ** 0.5
+    found, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], pref_coef=0.0, expert_pg_coef=2.0)
+    assert found[0] == pytest.approx([0.8 / scale, 0.0])
+    assert found[1] == pytest.approx([-0.4 / scale] * 2)
+
+
+def test_both_terms_add_up():
+    preference, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF])
+    turns, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], pref_coef=0.0, expert_pg_coef=1.0)
+    both, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], pref_coef=3.0, expert_pg_coef=0.5)
+    assert preference[0] == pytest.approx([1.0, 1.0])
+    assert preference[1] == pytest.approx([-1.0, -1.0])
+    for i in range(2):
+        assert both[i] == pytest.approx([3 * p + 0.5 * t for p, t in zip(preference[i], turns[i], strict=True)])
+
+
+def test_the_reward_of_a_forced_turn_belongs_to_the_decision_before_it():
+    sample = dialogue((), ("find",), ("refund",), forced=(1,))
+    assert sample.earned[EXPERT] == pytest.approx([0.4, 0.6])
+    assert sample.earned[RESPONDER] == pytest.approx([0.0, 0.4, 0.6])
+
+
+def test_gae_of_decisions_and_the_critics_targets():
+    # V = 0.2 everywhere, gamma 1, lambda 0: A = r + V' - V: (0.4, 0.6 - 0.2), (0, 0.4 - 0.2); targets A + V.
+    options = {"values": 0.2, "lambd": 0.0, "pref_coef": 0.0, "expert_pg_coef": 1.0, "expert_pg": "gae"}
+    found, made = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], **options)
+    centred = [0.4 - 0.25, 0.4 - 0.25, 0.0 - 0.25, 0.2 - 0.25]
+    scale = (sum(a * a for a in centred) / 4) ** 0.5
+    assert found[0] + found[1] == pytest.approx([a / scale for a in centred])
+    targets = [e.returns[e.action_mask.bool()].tolist() for e in made]
+    assert targets[0] == pytest.approx([0.6, 0.6])
+    assert targets[1] == pytest.approx([0.2, 0.4])
+
+
+@pytest.mark.parametrize("options", [{}, {"pref_coef": 0.0, "expert_pg_coef": 1.0}])
+def test_a_quarantined_dialogue_changes_nothing_for_the_others(options):
+    without, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], **options)
+    beside, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, quarantined(), HALF], **options)
+    assert beside[1] == []
+    assert beside[0] + beside[2] == pytest.approx(without[0] + without[1])
+
+
+def test_a_decision_that_no_turn_carried_out_earns_nothing():
+    sample = dialogue(("find",))
+    stream = sample.trajectory.streams[EXPERT]
+    stream.tokens += [1, 7, 9]
+    stream.logprobs += [0.0] * 3
+    stream.spans.append((6, 7))
+    assert DialogueSample.of(sample.trajectory, WEIGHTS).earned[EXPERT] == pytest.approx([0.4, 0.0])
