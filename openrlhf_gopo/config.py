@@ -32,6 +32,12 @@ class PreferenceConfig:
     margin: float = flag(0.0, "a pair counts only when its returns differ by more than this")
     label_smoothing: float = flag(0.0, "epsilon in [0, 0.5): probability that a preference is wrong")
     offset: float = flag(0.0, "delta >= 0: required log-ratio gap per unit of return gap")
+    trust_region: str = flag(
+        "clip",
+        "clip: coefficients at the sampler's parameters in the clipped policy loss; exact: the gradient of the written "
+        "loss at every optimizer step, unclipped",
+        choices=("clip", "exact"),
+    )
     reference: str = flag(
         "sampler", "reference policy inside m(tau): the initial model or the sampler", choices=("sampler", "initial")
     )

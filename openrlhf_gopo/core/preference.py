@@ -111,7 +111,8 @@ def preference_coefficients(
     Returns:
         coefficients (M,) in float64, and metrics: ``pref_loss``, ``pref_accuracy`` (share of pairs whose winner has
         the larger m; ties count half), ``pref_margin`` and ``pref_return_gap`` (mean m_w - m_l and R_w - R_l),
-        ``pref_pairs`` and ``pref_groups_without_spread`` as counts.
+        ``pref_pairs``, ``pref_groups_without_spread`` and ``pref_terms`` (pairs, or groups with listwise: what
+        L is the mean of) as counts.
     """
     m = log_ratios.detach().double().requires_grad_(True)
     returns = returns.double()
@@ -142,6 +143,7 @@ def preference_coefficients(
         "pref_margin": float(gap.mean()) if len(gap) else 0.0,
         "pref_return_gap": float(torch.cat(apart).mean()) if len(gap) else 0.0,
         "pref_pairs": float(len(gap)),
+        "pref_terms": float(sum(len(term) for term in losses)),
         "pref_groups_without_spread": float(flat),
     }
     return -gradient, metrics

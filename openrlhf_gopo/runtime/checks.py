@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 from openrlhf_gopo.config import GopoConfig
@@ -21,6 +22,7 @@ def check_flags(args: SimpleNamespace, config: GopoConfig) -> None:
     parse_weights(config.expert_reward)
     parse_weights(config.responder_reward)
     _check_supported(args, config)
+    _check_lora(args)
     _check_placement(args, config)
     _check_batches(args, config)
 
@@ -53,7 +55,8 @@ def gpus_needed(args: SimpleNamespace, config: GopoConfig) -> int:
     reference = args.ref.num_nodes * args.ref.num_gpus_per_node if args.algo.kl.init_coef > 0 else 0
     if args.train.colocate_actor_ref:
         reference = 0
-    critic = args.critic.num_nodes * args.critic.num_gpus_per_node if args.critic.model_name_or_path else 0
+    critics = bool(args.critic.model_name_or_path) + config.expert_has_critic
+    critic = args.critic.num_nodes * args.critic.num_gpus_per_node * critics
     engines = args.vllm.num_engines * args.vllm.tensor_parallel_size
     if policies == 2:
         engines += (config.expert_num_engines or args.vllm.num_engines) * args.vllm.tensor_parallel_size
@@ -83,10 +86,6 @@ def _check_budget(args, config, env, policy, goal) -> None:
 def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
     unsupported = {
         "--train.async_enable": (args.train.async_enable, "asynchronous training of two policies is not there yet"),
-        "--ds.lora.rank": (
-            args.ds.lora.rank > 0,
-            "OpenRLHF 0.11.2 sends LoRA weights to vLLM under names that it does not know",
-        ),
         "--ds.ring_attn_size": (args.ds.ring_attn_size > 1, "the expert's decisions are not sliced over a ring"),
         "--data.max_images_per_prompt": (args.data.max_images_per_prompt > 0, "dialogues are text"),
         "--vllm.sync_with_ray": (
@@ -108,10 +107,78 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
             "--gopo.pref.reference initial: there is no reference model with --algo.kl.init_coef 0; raise it, or use "
             "--gopo.pref.reference sampler"
         )
+    _check_credit(args, config)
+    if config.pref.trust_region == "exact":
+        _check_exact(args, config)
     if args.rollout.n_samples_per_prompt < 2:
         raise ConfigError(
             f"--rollout.n_samples_per_prompt {args.rollout.n_samples_per_prompt}: preferences compare trajectories of "
             "one goal; give 2 or more"
+        )
+
+
+def _check_credit(args: SimpleNamespace, config: GopoConfig) -> None:
+    """Turn-level terms and what they cannot go with."""
+    if config.expert_has_critic and config.sharing == "shared":
+        raise ConfigError(
+            "--gopo.expert_pg gae: a model that both roles share has no critic on decisions; use --gopo.expert_pg group"
+        )
+    penalties = {
+        "--reward.overlong_buffer_len": args.reward.overlong_buffer_len,
+        "--reward.stop_properly_penalty_coef": args.reward.stop_properly_penalty_coef,
+    }
+    for name, value in penalties.items():
+        if config.credit == "turn" and value is not None:
+            raise ConfigError(
+                f"{name} {value}: shapes the reward of a trajectory, --gopo.credit turn has one per turn; drop one"
+            )
+
+
+def _check_exact(args: SimpleNamespace, config: GopoConfig) -> None:
+    """``--gopo.pref.trust_region exact`` needs whole groups in every optimizer step, and a loss without ratios."""
+    algorithm = args.algo.advantage
+    contradicting = {
+        "--gopo.sharing shared": (config.sharing == "shared", "the responder's samples train the same model"),
+        "--train.dynamic_batch_enable": (args.train.dynamic_batch_enable, "it tears groups apart"),
+        "--expert.policy_loss_type": (args.expert.policy_loss_type != "ppo", "use ppo"),
+        "--expert.loss_agg_mode": (args.expert.loss_agg_mode != "token-mean", "use token-mean"),
+        "--algo.advantage.is_correction_level": (
+            algorithm.is_correction_level != "off",
+            "the samples' log-probabilities are brought up to date before every step, nothing is left to correct",
+        ),
+    }
+    for flag, (given, why) in contradicting.items():
+        if given:
+            raise ConfigError(f"{flag}: not with --gopo.pref.trust_region exact: {why}")
+    ranks = args.expert.num_nodes * args.expert.num_gpus_per_node // args.ds.tensor_parallel_size
+    if ranks and args.train.batch_size // ranks % args.rollout.n_samples_per_prompt:
+        raise ConfigError(
+            f"--train.batch_size {args.train.batch_size}: over {ranks} ranks of the expert it holds no whole number of "
+            f"groups of {args.rollout.n_samples_per_prompt}, which --gopo.pref.trust_region exact needs"
+        )
+
+
+def _has_critic(args: SimpleNamespace, config: GopoConfig) -> bool:
+    return bool(args.critic.model_name_or_path) or config.expert_has_critic
+
+
+def _check_lora(args: SimpleNamespace) -> None:
+    lora = args.ds.lora
+    if lora.rank <= 0:
+        return
+    unsupported = {
+        "--ds.tensor_parallel_size": (args.ds.tensor_parallel_size > 1, "PEFT's layers are not split over ranks"),
+        "--ds.load_in_4bit": (args.ds.load_in_4bit, "vLLM holds whole weights, a 4-bit base cannot be sent to it"),
+        # Upstream pairs the parameters of both by position (deepspeed.py:507), and its EMA model has no adapters.
+        "--train.enable_ema": (args.train.enable_ema, "OpenRLHF 0.11.2 averages into a model without adapters"),
+    }
+    for name, (given, why) in unsupported.items():
+        if given:
+            raise ConfigError(f"{name}: not supported with --ds.lora.rank {lora.rank}: {why}; drop one")
+    if lora.target_modules in ([], ["all-linear"]):  # PEFT knows the keyword as a string only, the default
+        raise ConfigError(
+            f"--ds.lora.target_modules {' '.join(lora.target_modules)}: leave the flag out for all linear layers, or "
+            "name modules, as in q_proj v_proj"
         )
 
 
@@ -120,6 +187,11 @@ def _check_placement(args: SimpleNamespace, config: GopoConfig) -> None:
     for name, role in roles.items():
         if not role.model_name_or_path:
             raise ConfigError(f"--{name}.model_name_or_path: missing; name a Hugging Face model or folder")
+        if (Path(role.model_name_or_path) / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"--{name}.model_name_or_path {role.model_name_or_path}: is a LoRA adapter, not a model; merge it "
+                "first: python -m openrlhf.cli.lora_combiner --model_path BASE --lora_path ADAPTER --output_path MERGED"
+            )
         ranks = role.num_nodes * role.num_gpus_per_node
         colocated = args.train.colocate_all or args.train.colocate_actor_ref
         if colocated and args.algo.kl.init_coef > 0 and ranks != args.ref.num_nodes * args.ref.num_gpus_per_node:
@@ -134,7 +206,7 @@ def _check_placement(args: SimpleNamespace, config: GopoConfig) -> None:
                 f"{args.vllm.tensor_parallel_size}; they must cover the same GPUs"
             )
     if args.train.colocate_all:
-        _check_same_gpus(args, roles)
+        _check_same_gpus(args, config, roles)
     if args.train.colocate_all and len(roles) == 2:
         share = args.vllm.gpu_memory_utilization
         both = share + (config.expert_gpu_memory_utilization or share)
@@ -145,10 +217,10 @@ def _check_placement(args: SimpleNamespace, config: GopoConfig) -> None:
             )
 
 
-def _check_same_gpus(args: SimpleNamespace, roles: dict[str, SimpleNamespace]) -> None:
+def _check_same_gpus(args: SimpleNamespace, config: GopoConfig, roles: dict[str, SimpleNamespace]) -> None:
     """With --train.colocate_all every group stands on the GPUs of --actor.*."""
     actor = args.actor.num_nodes * args.actor.num_gpus_per_node
-    groups = roles | ({"critic": args.critic} if args.critic.model_name_or_path else {})
+    groups = roles | ({"critic": args.critic} if _has_critic(args, config) else {})
     for name, group in groups.items():
         ranks = group.num_nodes * group.num_gpus_per_node
         if ranks != actor:
@@ -166,7 +238,7 @@ def _check_batches(args: SimpleNamespace, config: GopoConfig) -> None:
             "(--rollout.batch_size x --rollout.n_samples_per_prompt); the rest would never be trained on"
         )
     groups = ["actor"] if config.sharing == "shared" else ["actor", "expert"]
-    for name in [*groups, *(["critic"] if args.critic.model_name_or_path else [])]:
+    for name in [*groups, *(["critic"] if _has_critic(args, config) else [])]:
         role = getattr(args, name)
         ranks = role.num_nodes * role.num_gpus_per_node // args.ds.tensor_parallel_size
         if ranks < 1:

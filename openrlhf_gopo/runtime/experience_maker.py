@@ -23,7 +23,7 @@ from openrlhf_gopo.runtime.samples import DialogueSample, to_experience
 class Batch:
     """The actions of a rollout in upstream's order of experiences, dialogue after dialogue.
 
-    ``masks``: per dialogue (A,), True at its actions. ``counts``: actions of each. ``groups``: LongTensors of the indices
+    ``masks``: per dialogue (A,), True at its actions. ``counts``: actions of each. ``groups``: LongTensors, the indices
     of dialogues of one goal; quarantined ones are in none.
     """
 
@@ -160,7 +160,10 @@ class ExpertExperienceMaker(GOPOExperienceMaker):
         go (when KL is not a loss) is subtracted as upstream subtracts it from its rewards.
         """
         batch = self._batch(experiences)
-        advantages = self.config.pref.coef * self._preference_term(experiences, batch)
+        preference = self._preference_term(experiences, batch)
+        # With the exact trust region the actor adds this term itself, anew before every optimizer step.
+        coef = 0.0 if self.config.pref.trust_region == "exact" else self.config.pref.coef
+        advantages = coef * preference
         targets = torch.zeros_like(advantages)
         if self.config.expert_pg_coef > 0:
             turn_level, targets = self._turn_term(experiences, batch)
@@ -207,7 +210,10 @@ class ExpertExperienceMaker(GOPOExperienceMaker):
             reference = current
         else:
             copies = self.args.ds.ring_attn_size * self.args.ds.tensor_parallel_size
-            reference = [row for rows in self._flatten_results(self._reference_refs, copies) for row in rows]
+            batches = self._flatten_results(self._reference_refs, copies)
+            for experience, rows in zip(experiences, batches, strict=True):
+                experience.base_action_log_probs = rows
+            reference = [row for rows in batches for row in rows]
         return batch.gather(current) - batch.gather(reference)
 
 

@@ -18,14 +18,21 @@ from openrlhf.models import Actor
 from openrlhf.models.ring_attn_utils import unpad_and_slice_tensor
 from openrlhf.trainer.ray import launcher, ppo_actor
 from openrlhf.utils.vlm_utils import merge_mm_train_inputs
+from peft import PeftModel
 
 from openrlhf_gopo.core.categorical import chosen_logprobs, masked_categorical_logprobs
+from openrlhf_gopo.runtime.lora import MergedModel, merged_weights
 
 
 class RoleActor(Actor):
     """Upstream's actor inside ``choosing(...)`` is the expert: a categorical over each decision's allowed labels."""
 
     _allowed: torch.Tensor | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if isinstance(self.model, PeftModel):
+            merged_weights(self.model)  # adapters that cannot be sent to vLLM are refused here, not after a rollout
 
     @contextmanager
     def choosing(self, model_inputs: list | None) -> Iterator[None]:
@@ -103,11 +110,24 @@ class RolePPOTrainer(ppo_actor.ActorPPOTrainer):
         with self.actor.choosing(experience.mm_train_inputs):
             return super().training_step(experience, *args, **kwargs)
 
+    def broadcast_to_vllm(self) -> None:
+        """Upstream's loop; of a model with LoRA it sees the merged weights under the base model's names."""
+        if not isinstance(self.actor.model.module, PeftModel):
+            return super().broadcast_to_vllm()
+        merged = MergedModel(self.actor.model.module)
+        actor = SimpleNamespace(model=SimpleNamespace(module=merged))
+        zero = SimpleNamespace(zero=SimpleNamespace(GatheredParameters=merged.gathered))
+        with substituted(self, actor=actor), substituted(ppo_actor, deepspeed=zero):
+            super().broadcast_to_vllm()
+
 
 class _RolePolicy(ppo_actor.PolicyModelActor.__ray_metadata__.modified_class):
-    def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        with substituted(ppo_actor, Actor=RoleActor, ActorPPOTrainer=RolePPOTrainer):
-            super().init_model_from_pretrained(*args, **kwargs)
+    def init_model_from_pretrained(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        trainer, preference = RolePPOTrainer, getattr(strategy.args, "preference", None)
+        if preference is not None and preference.trust_region == "exact":
+            from openrlhf_gopo.runtime.exact import ExactPreferenceTrainer as trainer  # it builds on this module
+        with substituted(ppo_actor, Actor=RoleActor, ActorPPOTrainer=trainer):
+            super().init_model_from_pretrained(strategy, *args, **kwargs)
 
     def forward(self, *args: Any, mm_train_inputs_list: list | None = None, **kwargs: Any) -> torch.Tensor:
         with self.actor.choosing(mm_train_inputs_list):
@@ -125,14 +145,14 @@ class _RoleReference(launcher.ReferenceModelActor.__ray_metadata__.modified_clas
 
 
 @contextmanager
-def substituted(module: ModuleType, **names: Any) -> Iterator[None]:
-    """Replace module attributes for the duration of the block. Each model lives in a process of its own."""
-    originals = {name: getattr(module, name) for name in names}
-    vars(module).update(names)
+def substituted(owner: ModuleType | RolePPOTrainer, **names: Any) -> Iterator[None]:
+    """Replace attributes of ``owner`` for the duration of the block. Each model lives in a process of its own."""
+    originals = {name: getattr(owner, name) for name in names}
+    vars(owner).update(names)
     try:
         yield
     finally:
-        vars(module).update(originals)
+        vars(owner).update(originals)
 
 
 RolePolicyActor = ray.remote(num_gpus=1)(_RolePolicy)

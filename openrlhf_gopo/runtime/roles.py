@@ -39,6 +39,7 @@ def role_args(args: SimpleNamespace, role: str, config: GopoConfig) -> SimpleNam
     own = deepcopy(args)
     if role == EXPERT:
         own.actor = deepcopy(args.expert)
+        own.preference = config.pref
         own.critic.model_name_or_path = args.expert.model_name_or_path if config.expert_has_critic else None
         if own.actor.entropy_coef is None:  # upstream: 0 means log it; a categorical's entropy costs nothing
             own.actor.entropy_coef = 0.0

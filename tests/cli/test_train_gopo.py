@@ -188,6 +188,8 @@ def test_a_dry_run_says_what_it_checked_and_leaves_nothing(tokenizer, tmp_path, 
         ("--algo.kl.init_coef 0", 4),
         ("--algo.advantage.estimator gae", 7),
         ("--gopo.sharing shared", 3),
+        ("--gopo.expert_pg_coef 1 --gopo.expert_pg gae", 7),  # the expert's own critic
+        ("--gopo.expert_pg_coef 1 --gopo.expert_pg gae --algo.advantage.estimator gae", 8),
         ("--train.colocate_actor_ref", 4),
         ("--train.colocate_all --vllm.gpu_memory_utilization 0.4", 1),
         ("--gopo.expert_num_engines 2 --vllm.tensor_parallel_size 2", 10),
@@ -332,6 +334,30 @@ def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsy
             "--rollout.n_samples_per_prompt 1 --algo.advantage.estimator gae",
             r"--rollout\.n_samples_per_prompt 1: preferences compare trajectories of one goal; give 2 or more",
         ),
+        # the objective
+        ("--gopo.pref.coef 0", r"--gopo\.pref\.coef 0\.0: the expert has no term left to learn from; raise it"),
+        ("--gopo.expert_pg_coef -1", r"--gopo\.expert_pg_coef -1\.0: give 0 or more"),
+        ("--gopo.schedule_steps 0", r"--gopo\.schedule_steps 0: give 1 or more"),
+        (
+            "--gopo.expert_pg_coef 1 --gopo.expert_pg gae --gopo.sharing shared",
+            r"--gopo\.expert_pg gae: a model that both roles share has no critic on decisions",
+        ),
+        (
+            "--gopo.credit turn --reward.overlong_buffer_len 8",
+            r"--reward\.overlong_buffer_len 8\.0: shapes the reward of a trajectory, --gopo\.credit turn has one per turn",
+        ),
+        (
+            "--gopo.pref.trust_region exact --gopo.sharing shared",
+            r"--gopo\.sharing shared: not with --gopo\.pref\.trust_region exact",
+        ),
+        (
+            "--gopo.pref.trust_region exact --expert.loss_agg_mode seq-mean-token-mean",
+            r"--expert\.loss_agg_mode: not with --gopo\.pref\.trust_region exact: use token-mean",
+        ),
+        (
+            "--gopo.pref.trust_region exact --train.batch_size 4 --train.micro_batch_size 4",
+            r"--train\.batch_size 4: over 1 ranks of the expert it holds no whole number of groups of 8",
+        ),
         # the roles
         (
             "--gopo.sharing shared --expert.adam.lr 1e-3",
@@ -381,7 +407,18 @@ def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsy
         ),
         # not supported, here or on CPU
         ("--train.async_enable", r"--train\.async_enable: not supported: asynchronous training of two policies"),
-        ("--ds.lora.rank 8", r"--ds\.lora\.rank: not supported: OpenRLHF 0\.11\.2 sends LoRA weights to vLLM"),
+        (
+            "--ds.lora.rank 8 --train.enable_ema",
+            r"--train\.enable_ema: not supported with --ds\.lora\.rank 8: OpenRLHF 0\.11\.2 averages into .*; drop one",
+        ),
+        (
+            "--ds.lora.rank 8 --ds.tensor_parallel_size 2",
+            r"--ds\.tensor_parallel_size: not supported with --ds\.lora\.rank 8: PEFT's layers are not split",
+        ),
+        (
+            "--ds.lora.rank 8 --ds.lora.target_modules all-linear",
+            r"--ds\.lora\.target_modules all-linear: leave the flag out for all linear layers, or name modules",
+        ),
         ("--algo.kl.target 6", r"--algo\.kl\.target 6\.0: an adaptive KL coefficient is not supported; drop it"),
         ("--ds.packing_samples", r"--ds\.packing_samples True: on CPU this needs flash-attn and so CUDA; remove it"),
         (
@@ -392,7 +429,7 @@ def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsy
 )
 def test_bad_input_is_one_clear_line(flags, message, tokenizer, capsys) -> None:
     changes = {"actor__model_name_or_path": tokenizer}
-    said = refused(command(*shlex.split(flags), **changes), capsys)
+    said = refused(command("--gopo.dry_run", *shlex.split(flags), **changes), capsys)
     assert re.match(message, said), said
 
 
@@ -403,6 +440,21 @@ def test_no_environment(tokenizer, capsys) -> None:
 
 def test_no_model(capsys) -> None:
     assert refused(command(), capsys).startswith("--actor.model_name_or_path: missing; name a Hugging Face model")
+
+
+def test_an_adapter_is_no_model(tokenizer, tmp_path, capsys) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    flags = {"actor__model_name_or_path": tokenizer, "expert__model_name_or_path": tmp_path}
+    said = refused(command(**flags), capsys)
+    assert said.startswith(f"--expert.model_name_or_path {tmp_path}: is a LoRA adapter, not a model; merge it first: ")
+
+
+@pytest.mark.parametrize("given", ["", "--ds.lora.alpha 32 --ds.lora.dropout 0.1 --ds.lora.target_modules q_proj"])
+@pytest.mark.parametrize("sharing", ["separate", "shared"])
+def test_lora_is_there_for_both_roles(given, sharing, tokenizer, capsys) -> None:
+    lora = ["--ds.lora.rank", 8, *given.split(), "--gopo.sharing", sharing]
+    train_gopo.main(command("--gopo.dry_run", *lora, actor__model_name_or_path=tokenizer))
+    assert "everything checked" in capsys.readouterr().out
 
 
 def test_no_chat_template(tokenizer, tmp_path, capsys) -> None:

@@ -25,11 +25,21 @@ from openrlhf_gopo.policy.two_level import TwoLevelPolicy  # noqa: E402
 ROLES = ("expert", "responder")
 
 
+# What the two runs train with besides the defaults: between them every path of the objective runs for real.
+OBJECTIVES = {
+    "shop": [],
+    "star": [
+        *("--gopo.pref.trust_region", "exact", "--train.batch_size", 8),  # two optimizer steps per rollout
+        *("--gopo.expert_pg_coef", 0.5, "--gopo.expert_pg", "gae", "--gopo.credit", "turn"),
+    ],
+}
+
+
 @pytest.fixture(scope="module", params=["shop", "star"])
 def trained(request, tmp_path_factory, train, tiny_model, star_data):
     out = tmp_path_factory.mktemp(request.param)
     data = ["--gopo.data", star_data] if request.param == "star" else []
-    done = train(tiny_model, out, "--gopo.env", request.param, *data)
+    done = train(tiny_model, out, "--gopo.env", request.param, *data, *OBJECTIVES[request.param])
     return request.param, (str(star_data) if data else None), tiny_model, out, done
 
 
@@ -146,6 +156,8 @@ def test_the_results_folder_is_complete(trained):
         assert step["expert/actor_grad_norm"] > 0
         assert step["responder/actor_grad_norm"] > 0
         assert step["rollout/failures"] == 0
+        assert all(step[f"{role}/sampler_mismatch"] < 0.02 for role in ROLES)
+        assert ("expert/critic_loss" in step) == ("gae" in OBJECTIVES[trained[0]])
     table = (results / "table.md").read_text()
     assert "before training" in table
     assert "after training" in table

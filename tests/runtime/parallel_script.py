@@ -1,0 +1,112 @@
+"""Run by test_parallel.py, once per data-parallel rank: DeepSpeed's ranks need processes of their own.
+
+The expert is the class that Ray would host, built, fed and trained through upstream's own calls.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from openrlhf_gopo import platform
+
+platform.activate()
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+from openrlhf.trainer.ppo_utils.experience import Experience  # noqa: E402
+from openrlhf.utils import get_strategy, utils  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
+
+from openrlhf_gopo.cli import train_gopo  # noqa: E402
+from openrlhf_gopo.config import EXPERT  # noqa: E402
+from openrlhf_gopo.runtime.models import RolePolicyActor, substituted  # noqa: E402
+from openrlhf_gopo.runtime.roles import role_args  # noqa: E402
+
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def main(folder: str, cases: str) -> None:
+    """Every case on every rank, in one order; rank 0 writes what came out."""
+    results = {}
+    for name, case in json.loads(cases).items():
+        print(f"case {name}", flush=True)  # the last one printed is the one that hangs
+        results[name] = run(folder, **case)
+    if RANK == 0:
+        torch.save(results, Path(folder, f"ranks{WORLD}.pt"))
+
+
+def run(folder: str, flags: dict[str, str], dialogues: str, dtype: str) -> dict[str, Any]:
+    """One rollout's updates of the expert on this rank's share of the dialogues.
+
+    Returns:
+        ``weights``: parameters by name. ``grad_norm``: of the last update, as upstream logs it. ``parity``: see below.
+    """
+    everything = torch.load(Path(folder, "dialogues.pt"))[dialogues]
+    size = len(everything) // WORLD
+    mine = everything[RANK * size : (RANK + 1) * size]
+    expert = build(folder, flags, dtype)
+    apart = parity(expert, mine)
+    for dialogue in mine:
+        expert.append(experience(dialogue))
+    status = expert.fit(kl_ctl=0.0)
+    model = expert.actor.model
+    with deepspeed.zero.GatheredParameters(list(model.module.parameters()), enabled=expert.strategy.stage == 3):
+        weights = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    model.destroy()
+    return {"weights": weights, "grad_norm": status["actor_grad_norm"], "parity": apart}
+
+
+def build(folder: str, flags: dict[str, str], dtype: str) -> Any:
+    """The Ray actor's plain class, without Ray."""
+    needed = {"--gopo.env": "shop", "--actor.model_name_or_path": folder, "--algo.advantage.estimator": "group_norm"}
+    words = [word for name, value in (needed | flags).items() for word in (name, *value.split())]
+    args, config = train_gopo.parse(words)
+    # Upstream's flag takes bf16 and fp16 only; with neither DeepSpeed computes in float32.
+    args.ds.param_dtype = dtype
+    strategy = get_strategy(role_args(args, EXPERT, config))
+    cls = RolePolicyActor.__ray_metadata__.modified_class
+    expert = cls(WORLD, RANK, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+    with substituted(utils, convert_to_torch_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}.get):
+        expert.init_model_from_pretrained(strategy, folder, max_steps=10, vllm_engines=None)
+    return expert
+
+
+def experience(dialogue: dict[str, torch.Tensor]) -> Experience:
+    """One dialogue as upstream's buffer takes it; see test_parallel.py for the tensors."""
+    rows = {name: tensor.unsqueeze(0) for name, tensor in dialogue.items() if name != "allowed"}
+    return Experience(
+        sequences=rows["tokens"],
+        attention_mask=torch.ones_like(rows["tokens"]),
+        action_mask=rows["mask"],
+        action_log_probs=rows["sampled"],
+        rollout_log_probs=rows["sampled"],
+        advantages=rows["advantages"],
+        mm_train_inputs=[{"allowed": dialogue["allowed"]}],
+        total_length=torch.tensor([float(rows["tokens"].shape[1])]),
+        info={},
+    )
+
+
+def parity(expert: Any, dialogues: list[dict[str, torch.Tensor]]) -> float:
+    """Largest |difference| over the ranks of the logits at decisions: head on decision columns alone, and on all."""
+    sequences, mask = (pad_sequence([d[name] for d in dialogues], batch_first=True) for name in ("tokens", "mask"))
+    attention = pad_sequence([torch.ones_like(d["tokens"]) for d in dialogues], batch_first=True)
+    heads: list[torch.Tensor] = []
+    hook = expert.actor.model.module.lm_head.register_forward_hook(lambda _m, _a, output: heads.append(output))
+    expert.forward(sequences, mask, attention, mm_train_inputs_list=[[{"allowed": d["allowed"]}] for d in dialogues])
+    expert.forward(sequences, mask, attention)
+    hook.remove()
+    kept, full = heads
+    columns = mask.any(dim=0).nonzero().flatten()
+    if len(columns) == 0:  # this rank's expert was never asked
+        columns = torch.zeros(1, dtype=torch.long)
+    assert kept.shape[1] == len(columns) < full.shape[1]
+    return expert.strategy.all_reduce(float((kept - full[:, columns]).abs().max()), op="max")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

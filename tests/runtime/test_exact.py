@@ -1,0 +1,177 @@
+"""The exact trust region: upstream's own loop follows the gradient of the written loss at every optimizer step."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from openrlhf.models import PolicyLoss
+from openrlhf.trainer.ppo_utils import NaiveReplayBuffer
+from openrlhf.trainer.ppo_utils.experience import Experience
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from openrlhf_gopo.config import PreferenceConfig
+from openrlhf_gopo.core.categorical import pad_allowed
+from openrlhf_gopo.core.preference import (
+    listwise_preference_loss,
+    preference_pairs,
+    trajectory_log_ratio,
+    trajectory_preference_loss,
+    turn_weights,
+)
+from openrlhf_gopo.runtime.exact import ExactPreferenceTrainer, OptimizerSteps
+from openrlhf_gopo.runtime.models import RoleActor
+
+RETURNS = [[0.1, 0.9, 0.4], [0.3, 0.3, 0.8], [0.5, 0.5, 0.5], [0.2, 0.7, 0.6]]  # 4 goals, 3 dialogues each
+LABELS = [3, 4, 5, 6]
+
+
+class Strategy:
+    """What upstream's loop asks of a strategy in one process; gradients go into a list, and a step is plain SGD."""
+
+    ring_attn_group = None
+    accumulated_gradient = 3  # micro-batches of 2: 6 dialogues, two groups, to an optimizer step
+
+    def __init__(self, args, actor):
+        self.args, self.actor, self.gradients, self._calls = args, actor, [], 0
+
+    def is_rank_0(self):
+        return False
+
+    def all_reduce(self, data, op="mean"):
+        return data
+
+    def backward(self, loss, model, optim):
+        (loss / self.accumulated_gradient).backward()  # as DeepSpeed scales it
+        self._calls += 1
+
+    def optimizer_step(self, optim, model, scheduler, name):
+        if self._calls % self.accumulated_gradient:
+            return
+        parameters = list(self.actor.parameters())
+        self.gradients.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
+        with torch.no_grad():
+            for p in parameters:
+                p -= 0.5 * p.grad
+                p.grad = None
+
+    def get_grad_norm(self, model):
+        return 1.0
+
+
+def sample(goal: int, k: int) -> Experience:
+    """A dialogue of 1 to 3 decisions among 2 to 4 labels, as the replay buffer holds it."""
+    generator = torch.Generator().manual_seed(10 * goal + k)
+    decisions = 1 + (goal + k) % 3
+    tokens, mask, allowed = [1], [], []
+    for d in range(decisions):
+        tokens += torch.randint(10, 30, (2 + k,), generator=generator).tolist()
+        labels = LABELS[: 2 + (d + k) % 3]
+        tokens.append(labels[(goal + d) % len(labels)])
+        mask += [0] * (2 + k) + [1]
+        allowed.append(labels)
+    return Experience(
+        sequences=torch.tensor(tokens),
+        attention_mask=torch.ones(len(tokens), dtype=torch.long),
+        action_mask=torch.tensor(mask),
+        advantages=torch.zeros(len(mask)),
+        returns=torch.zeros(len(mask)),
+        rewards=torch.tensor(RETURNS[goal][k]),
+        total_length=torch.tensor(float(len(tokens))),
+        prompts=[f"goal {goal}"],
+        mm_train_inputs=[{"allowed": pad_allowed(allowed, 4)}],
+        info={"quarantined": torch.tensor(0.0)},
+    )
+
+
+def written_loss(actor, items, pref, reference):
+    """L over the dialogues as the module ``core.preference`` writes it: one graph, one batch, no coefficient."""
+    ratios = []
+    for item in items:
+        with actor.choosing(item.mm_train_inputs):
+            now = actor(item.sequences[None], item.action_mask[None], item.attention_mask[None])[0]
+        mask = item.action_mask.bool()
+        weights = turn_weights(int(mask.sum()), mode=pref.weights)
+        owner = torch.zeros(int(mask.sum()), dtype=torch.long)
+        ratios.append(trajectory_log_ratio(now[mask].double(), reference[id(item)][mask].double(), owner, weights, 1))
+    m, terms = torch.cat(ratios), []
+    for goal in dict.fromkeys(item.prompts[0] for item in items):
+        group = torch.tensor([i for i, item in enumerate(items) if item.prompts[0] == goal])
+        returns = torch.stack([items[i].rewards for i in group]).double()
+        pairs = preference_pairs(returns, pairing="all" if pref.pairing == "listwise" else pref.pairing)
+        if pref.pairing != "listwise":
+            terms.append(trajectory_preference_loss(m[group], returns, pairs, beta=pref.beta))
+        elif len(pairs):
+            terms.append(listwise_preference_loss(m[group], returns, beta=pref.beta).reshape(1))
+    return torch.cat(terms).mean()
+
+
+@pytest.mark.parametrize("pairing", ["all", "best_worst", "adjacent", "listwise"])
+@pytest.mark.parametrize("weights", ["mean", "sum"])
+def test_every_optimizer_step_has_the_gradient_of_the_written_loss(pairing, weights):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    actor = RoleActor(LlamaForCausalLM(config).double(), temperature=1.0)
+    actor.packing_samples = False
+    pref = PreferenceConfig(pairing=pairing, weights=weights, trust_region="exact", beta=2.0)
+    args = SimpleNamespace(
+        preference=pref,
+        train=SimpleNamespace(max_epochs=2, dynamic_batch_enable=False, enable_ema=False),
+        ds=SimpleNamespace(packing_samples=False, tensor_parallel_size=1),
+        actor=SimpleNamespace(entropy_coef=None, aux_loss_coef=0),
+        algo=SimpleNamespace(kl=SimpleNamespace(use_loss=False, init_coef=0)),
+    )
+    trainer = object.__new__(ExactPreferenceTrainer)  # upstream's constructor opens the weight-sync group
+    trainer.strategy, trainer.args, trainer.actor = Strategy(args, actor), args, actor
+    trainer.actor_loss_fn = PolicyLoss()
+    trainer.actor_optim = trainer.ema_model = None
+    trainer.actor_scheduler = SimpleNamespace(get_last_lr=lambda: [0.5])
+    trainer.aux_loss, trainer.max_epochs, trainer.dataloader_pin_memory = False, 2, False
+    trainer.replay_buffer = NaiveReplayBuffer(2, 0, True)
+    items = [sample(goal, k) for goal in range(len(RETURNS)) for k in range(3)]
+    trainer.replay_buffer.items = items
+    with torch.no_grad():
+        for item in items:
+            with actor.choosing(item.mm_train_inputs):
+                item.action_log_probs = actor(item.sequences[None], item.action_mask[None], item.attention_mask[None])[
+                    0
+                ]
+    reference = {id(item): item.action_log_probs.clone() for item in items}
+
+    expected, forwards = [], []
+    refresh, forward = trainer.refresh, trainer._forward
+
+    def recording(chosen):
+        """Before each step: the gradient of the written loss at the parameters as they are now."""
+        loss = written_loss(actor, chosen, pref, reference)
+        expected.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(actor.parameters()))]))
+        refresh(chosen)
+
+    trainer.refresh = recording
+    trainer._forward = lambda chosen: (forwards.append(len(chosen)), forward(chosen))
+    trainer.ppo_train(0.0)
+
+    assert len(expected) == len(trainer.strategy.gradients) == 4  # two epochs of two steps
+    assert forwards == [6, 6, 6]  # the first step needs none
+    for ours, exact in zip(trainer.strategy.gradients, expected, strict=True):
+        assert float(exact.abs().max()) > 1e-4
+        assert torch.allclose(ours, exact, rtol=1e-4, atol=1e-6 * float(exact.abs().max()))
+
+
+def test_an_optimizer_step_holds_whole_groups():
+    items = [sample(goal, k) for goal in range(4) for k in range(3)]
+    prepared = []
+    steps = OptimizerSteps(items, 2, 3, list, lambda chosen: prepared.append([i.prompts[0] for i in chosen]))
+    torch.manual_seed(1)
+    batches = list(steps)
+    assert len(batches) == len(steps) == 6
+    assert sorted(id(i) for batch in batches for i in batch) == sorted(map(id, items))
+    for names in prepared:
+        assert [names.count(name) for name in names] == [3] * 6
