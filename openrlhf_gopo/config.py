@@ -20,9 +20,7 @@ def flag(default: Any, help: str, *, choices: tuple[str, ...] | None = None, kin
 class PreferenceConfig:
     """``--gopo.pref.*``: the expert's trajectory-level preference loss (ours, see ``core.preference``)."""
 
-    coef: float = flag(
-        1.0, "weight of the preference term in the expert's advantages; 0: the turn-level term alone"
-    )
+    coef: float = flag(1.0, "weight of the preference term in the expert's advantages; 0: the turn-level term alone")
     pairing: str = flag(
         "all", "which pairs of a group are compared", choices=("all", "best_worst", "adjacent", "listwise")
     )
@@ -32,6 +30,7 @@ class PreferenceConfig:
     margin: float = flag(0.0, "a pair counts only when its returns differ by more than this")
     label_smoothing: float = flag(0.0, "epsilon in [0, 0.5): probability that a preference is wrong")
     offset: float = flag(0.0, "delta >= 0: required log-ratio gap per unit of return gap")
+    gap_weight: float = flag(0.0, "g >= 0: a pair weighs (R_w - R_l)^g; 0: all pairs alike")
     trust_region: str = flag(
         "clip",
         "clip: coefficients at the sampler's parameters in the clipped policy loss; exact: the gradient of the written "
@@ -50,6 +49,18 @@ class PreferenceConfig:
         _require(self.margin >= 0, "--gopo.pref.margin", self.margin, "give 0 or more")
         _require(0 <= self.label_smoothing < 0.5, "--gopo.pref.label_smoothing", self.label_smoothing, "use [0, 0.5)")
         _require(self.offset >= 0, "--gopo.pref.offset", self.offset, "give 0 or more")
+        _require(self.gap_weight >= 0, "--gopo.pref.gap_weight", self.gap_weight, "give 0 or more")
+        for name in ("offset", "label_smoothing", "gap_weight") if self.pairing == "listwise" else ():
+            value = getattr(self, name)
+            _require(
+                value == 0, f"--gopo.pref.{name}", value, "belongs to pairs, --gopo.pref.pairing listwise has none"
+            )
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The keyword arguments of ``core.preference.preference_coefficients``."""
+        names = ("pairing", "beta", "margin", "label_smoothing", "offset", "gap_weight")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -67,9 +78,7 @@ class GopoConfig:
     names_only: bool = flag(False, "show the expert the strategies' names without their descriptions: shorter streams")
     expert_reward: str = flag("tse=1", "expert's return: weighted sum of trajectory metrics, e.g. tse=1,esndcg=0.5")
     responder_reward: str = flag("tse=0.5,gre=1", "responder's return, same form")
-    expert_pg_coef: float = flag(
-        0.0, "weight of the turn-level term in the expert's advantages"
-    )
+    expert_pg_coef: float = flag(0.0, "weight of the turn-level term in the expert's advantages")
     expert_pg: str = flag(
         "group",
         "turn-level advantages of the expert: returns to go against the group, or gae with a critic on decisions",

@@ -3,11 +3,11 @@
 For a trajectory tau with T decisions, w_t the turn weights,
 
     m(tau) = sum_t w_t [log pi(z_t|h_t,A_t) - log pi_ref(z_t|h_t,A_t)]
-    L      = mean over pairs (w, l) of  -(1-eps) log sigmoid(x) - eps log sigmoid(-x),
+    L      = mean over pairs (w, l) of  (R_w - R_l)^g [-(1-eps) log sigmoid(x) - eps log sigmoid(-x)],
     x      = beta (m(tau_w) - m(tau_l)) - offset (R_w - R_l)
 
-With T = 1, two trajectories and offset = 0 this is DPO (arXiv 2305.18290, eq. 7). ``listwise`` replaces the pairs of a
-group by one Plackett-Luce term over its trajectories in order of return.
+With T = 1, two trajectories, offset = 0 and g = 0 (``gap_weight``) this is DPO (arXiv 2305.18290, eq. 7). ``listwise``
+replaces the pairs of a group by one Plackett-Luce term over its trajectories in order of return.
 """
 
 from __future__ import annotations
@@ -68,11 +68,13 @@ def trajectory_preference_loss(
     beta: float,
     label_smoothing: float = 0.0,
     offset: float = 0.0,
+    gap_weight: float = 0.0,
 ) -> torch.Tensor:
     """Loss of each pair: log_ratios (M,), returns (M,), pairs (P, 2) -> (P,). The mean over a batch's pairs is L."""
     winner, loser = pairs[:, 0], pairs[:, 1]
-    x = beta * (log_ratios[winner] - log_ratios[loser]) - offset * (returns[winner] - returns[loser])
-    return -(1 - label_smoothing) * logsigmoid(x) - label_smoothing * logsigmoid(-x)
+    gap = returns[winner] - returns[loser]
+    x = beta * (log_ratios[winner] - log_ratios[loser]) - offset * gap
+    return -(gap**gap_weight) * ((1 - label_smoothing) * logsigmoid(x) + label_smoothing * logsigmoid(-x))
 
 
 def listwise_preference_loss(log_ratios: torch.Tensor, returns: torch.Tensor, *, beta: float) -> torch.Tensor:
@@ -98,8 +100,7 @@ def preference_coefficients(
     pairing: str,
     beta: float,
     margin: float = 0.0,
-    label_smoothing: float = 0.0,
-    offset: float = 0.0,
+    **pair_options: float,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """c_i = -dL/dm(tau_i), so that the gradient of L is -sum_i c_i grad m(tau_i), whatever the micro-batching.
 
@@ -107,6 +108,7 @@ def preference_coefficients(
         log_ratios: (M,) m(tau_i) at the parameters where the gradient is wanted.
         returns: (M,) R_i.
         groups: LongTensors of trajectory indices; trajectories of one goal. A quarantined trajectory is in none.
+        pair_options: label_smoothing, offset and gap_weight of ``trajectory_preference_loss``; not for ``listwise``.
 
     Returns:
         coefficients (M,) in float64, and metrics: ``pref_loss``, ``pref_accuracy`` (share of pairs whose winner has
@@ -116,37 +118,34 @@ def preference_coefficients(
     """
     m = log_ratios.detach().double().requires_grad_(True)
     returns = returns.double()
-    losses, gaps, apart, flat = [], [], [], 0
+    terms, pairs = [], []
     # The comparisons need gradients even when a caller (upstream's experience maker) switched them off.
     with torch.enable_grad():
         for group in groups:
-            pairs = preference_pairs(returns[group], pairing="all" if pairing == "listwise" else pairing, margin=margin)
-            if len(pairs) == 0:
-                flat += 1
-                continue
-            if pairing == "listwise":
-                losses.append(listwise_preference_loss(m[group], returns[group], beta=beta).reshape(1))
-            else:
-                losses.append(
-                    trajectory_preference_loss(
-                        m[group], returns[group], pairs, beta=beta, label_smoothing=label_smoothing, offset=offset
-                    )
-                )
-            gaps.append((m[group][pairs[:, 0]] - m[group][pairs[:, 1]]).detach())
-            apart.append(returns[group][pairs[:, 0]] - returns[group][pairs[:, 1]])
-        loss = torch.cat(losses).mean() if losses else (m * 0.0).sum()
+            found = preference_pairs(returns[group], pairing="all" if pairing == "listwise" else pairing, margin=margin)
+            pairs.append(group[found])
+            if len(found) and pairing == "listwise":
+                terms.append(listwise_preference_loss(m[group], returns[group], beta=beta).reshape(1))
+            elif len(found):
+                terms.append(trajectory_preference_loss(m, returns, pairs[-1], beta=beta, **pair_options))
+        loss = torch.cat(terms).mean() if terms else (m * 0.0).sum()
         (gradient,) = torch.autograd.grad(loss, m)
-    gap = torch.cat(gaps) if gaps else m.new_zeros(0)
-    metrics = {
-        "pref_loss": float(loss.detach()),
-        "pref_accuracy": float(((gap > 0).double() + 0.5 * (gap == 0).double()).mean()) if len(gap) else 0.5,
-        "pref_margin": float(gap.mean()) if len(gap) else 0.0,
-        "pref_return_gap": float(torch.cat(apart).mean()) if len(gap) else 0.0,
+    metrics = {"pref_loss": float(loss.detach()), "pref_terms": float(sum(len(term) for term in terms))}
+    metrics["pref_groups_without_spread"] = float(sum(len(of_group) == 0 for of_group in pairs))
+    return -gradient, metrics | _pair_metrics(m.detach(), returns, pairs)
+
+
+def _pair_metrics(m: torch.Tensor, returns: torch.Tensor, pairs: list[torch.Tensor]) -> dict[str, float]:
+    if not sum(map(len, pairs)):
+        return {"pref_accuracy": 0.5, "pref_margin": 0.0, "pref_return_gap": 0.0, "pref_pairs": 0.0}
+    winner, loser = torch.cat(pairs).T
+    gap = m[winner] - m[loser]
+    return {
+        "pref_accuracy": float(((gap > 0).double() + 0.5 * (gap == 0).double()).mean()),
+        "pref_margin": float(gap.mean()),
+        "pref_return_gap": float((returns[winner] - returns[loser]).mean()),
         "pref_pairs": float(len(gap)),
-        "pref_terms": float(sum(len(term) for term in losses)),
-        "pref_groups_without_spread": float(flat),
     }
-    return -gradient, metrics
 
 
 def decision_advantages(

@@ -75,11 +75,7 @@ class ExactPreferenceTrainer(RolePPOTrainer):
                 torch.tensor([i for i in group if not items[i].info["quarantined"]], dtype=torch.long)
                 for group in goals(items)
             ],
-            pairing=pref.pairing,
-            beta=pref.beta,
-            margin=pref.margin,
-            label_smoothing=pref.label_smoothing,
-            offset=pref.offset,
+            **pref.loss_options,
         )
         everywhere = self.strategy.all_reduce(metrics["pref_terms"], op="sum")
         return coefficients * metrics["pref_terms"] / max(everywhere, 1.0)

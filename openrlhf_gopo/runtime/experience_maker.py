@@ -179,16 +179,7 @@ class ExpertExperienceMaker(GOPOExperienceMaker):
         ratios = weights * self._log_ratios(experiences, batch)
         log_ratios = torch.zeros(len(batch.counts), dtype=torch.float64).index_add(0, owner, ratios)
         returns = torch.cat([e.rewards for e in experiences])
-        coefficients, metrics = preference_coefficients(
-            log_ratios,
-            returns,
-            batch.groups,
-            pairing=pref.pairing,
-            beta=pref.beta,
-            margin=pref.margin,
-            label_smoothing=pref.label_smoothing,
-            offset=pref.offset,
-        )
+        coefficients, metrics = preference_coefficients(log_ratios, returns, batch.groups, **pref.loss_options)
         self.metrics |= metrics
         return decision_advantages(coefficients, owner, weights)
 

@@ -336,6 +336,10 @@ def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsy
         ),
         # the objective
         ("--gopo.pref.coef 0", r"--gopo\.pref\.coef 0\.0: the expert has no term left to learn from; raise it"),
+        (
+            "--gopo.pref.pairing listwise --gopo.pref.gap_weight 1",
+            r"--gopo\.pref\.gap_weight 1\.0: belongs to pairs, --gopo\.pref\.pairing listwise has none",
+        ),
         ("--gopo.expert_pg_coef -1", r"--gopo\.expert_pg_coef -1\.0: give 0 or more"),
         ("--gopo.schedule_steps 0", r"--gopo\.schedule_steps 0: give 1 or more"),
         (
@@ -344,7 +348,7 @@ def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsy
         ),
         (
             "--gopo.credit turn --reward.overlong_buffer_len 8",
-            r"--reward\.overlong_buffer_len 8\.0: shapes the reward of a trajectory, --gopo\.credit turn has one per turn",
+            r"--reward\.overlong_buffer_len 8\.0: shapes the reward of a trajectory, --gopo\.credit turn has one",
         ),
         (
             "--gopo.pref.trust_region exact --gopo.sharing shared",

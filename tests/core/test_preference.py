@@ -63,6 +63,19 @@ def test_label_smoothing_and_offset_by_hand():
     assert loss.item() == pytest.approx(expected, abs=1e-12)
 
 
+def test_a_pair_weighs_its_gap():
+    # Gaps 4 and 1 with g = 1/2 weigh 2 and 1; at m = 0 both losses are log 2, and c of a winner is weight x beta/2 / P:
+    # L is the mean over the two pairs, so dL/dm of the winners is -2 x 0.5 / 2 and -1 x 0.5 / 2.
+    groups = [torch.tensor([0, 1]), torch.tensor([2, 3])]
+    c, metrics = preference_coefficients(
+        torch.zeros(4), torch.tensor([5.0, 1.0, 2.0, 3.0]), groups, pairing="all", beta=1.0, gap_weight=0.5
+    )
+    assert c.tolist() == pytest.approx([0.5, -0.5, -0.25, 0.25])
+    assert metrics["pref_loss"] == pytest.approx(1.5 * math.log(2))
+    assert metrics["pref_return_gap"] == pytest.approx(2.5)
+    assert metrics["pref_terms"] == 2
+
+
 def test_listwise_by_hand():
     # Best first: p = e^2/(e^2+e^1+e^0) * e^1/(e^1+e^0); the loss is -log p over K-1 = 2 choices.
     m = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
