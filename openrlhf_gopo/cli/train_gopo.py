@@ -111,6 +111,9 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, GopoConfig]:
     for name in replaced:
         print(f"--{name} {flat[name]}: replaced by --gopo.env {config.env}", file=sys.stderr)
     own = {k: v for k, v in flat.items() if not k.startswith(("expert.", "gopo."))}
+    for name in ("rollout.batch_size", "rollout.micro_batch_size", "train.batch_size", "train.micro_batch_size"):
+        if own[name] < 1:  # upstream divides by them
+            raise ConfigError(f"--{name} {own[name]}: give 1 or more")
     # Rewards come from the environment, in the rollout; upstream's name for that is an agent.
     own |= dict.fromkeys(REPLACED) | {"reward.remote_url": "agent"}
     args = upstream.validate(argparse.Namespace(**own))

@@ -24,8 +24,8 @@ _IMPOSSIBLE = {
     "ds.ring_attn_size": (lambda size: size > 1, "needs flash-attn and so CUDA; use 1"),
     "ds.attn_implementation": (lambda name: "flash" in name, "needs CUDA; use sdpa or eager"),
     "ds.load_in_4bit": (bool, "bitsandbytes' 4-bit layers need CUDA; remove it"),
-    "vllm.enable_sleep": (bool, "vLLM has no sleep mode on CPU; remove it"),
-    "vllm.sync_with_ray": (bool, "Ray's collectives need NCCL; remove it"),
+    "vllm.enable_sleep": (bool, "needs vLLM's sleep mode, which is CUDA's alone; remove it"),
+    "vllm.sync_with_ray": (bool, "needs NCCL, for Ray's collectives; remove it"),
 }
 
 

@@ -322,6 +322,8 @@ def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsy
             "--algo.advantage.estimator gae --critic.num_gpus_per_node 3",
             r"--rollout\.batch_size 8: .* over the 3 ranks of --critic\.\*",
         ),
+        ("--rollout.micro_batch_size 0", r"--rollout\.micro_batch_size 0: give 1 or more"),
+        ("--train.batch_size -8", r"--train\.batch_size -8: give 1 or more"),
         ("--rollout.micro_batch_size 7", r"--rollout\.micro_batch_size 7: does not divide the 64 dialogues of a rank"),
         ("--train.micro_batch_size 7", r"--train\.micro_batch_size 7: does not divide the 64 dialogues of a rank"),
         (
@@ -427,7 +429,7 @@ def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsy
         ("--ds.packing_samples", r"--ds\.packing_samples True: on CPU this needs flash-attn and so CUDA; remove it"),
         (
             "--train.colocate_all --vllm.enable_sleep",
-            r"--vllm\.enable_sleep True: on CPU this vLLM has no sleep mode on CPU; remove it",
+            r"--vllm\.enable_sleep True: on CPU this needs vLLM's sleep mode, which is CUDA's alone; remove it",
         ),
     ],
 )

@@ -4,6 +4,8 @@ As in test_train.py the saved weights are the witnesses, here adapters loaded by
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,7 +80,6 @@ def error(model: torch.nn.Module, role: str, dialogues: list) -> float:
 def test_the_engine_samples_from_base_plus_adapter(rollouts, policies, role):
     for sampled_at, dialogues in enumerate(rollouts):
         errors = [error(model, role, dialogues) for model in policies[role]]
-        print(role, sampled_at, errors)
         assert errors[sampled_at] < NOISE, (sampled_at, errors)
         for other in {0, 1, 2} - {sampled_at}:
             assert errors[other] > 3 * errors[sampled_at], (sampled_at, errors)
@@ -92,7 +93,6 @@ def test_the_reference_is_the_base(trained, rollouts, policies, role):
     base, policy, _ = policies[role]
     gaps = [logprobs(policy, role, d) - logprobs(base, role, d) for d in rollouts[1]]
     expected = sum(float(gap.mean()) for gap in gaps if len(gap)) / len(gaps)
-    print(role, logged, expected)
     assert len(logged) == 2
     assert abs(logged[0]) < 1e-3
     assert expected > 5 * NOISE
@@ -108,3 +108,11 @@ def test_the_output_folder_is_an_adapter_with_its_tokenizer(trained, tiny_model,
     names = {path.name for path in folder.iterdir()}
     assert {"adapter_model.safetensors", "config.json", "tokenizer.json"} <= names
     assert "model.safetensors" not in names
+
+
+def test_upstreams_combiner_makes_it_a_model(trained, rollouts, tiny_model, tmp_path):
+    merge = ["--model_path", tiny_model, "--lora_path", trained / "expert", "--output_path", tmp_path]
+    command = [sys.executable, "-m", "openrlhf_gopo.platform", "openrlhf.cli.lora_combiner", *map(str, merge)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert error(load(tmp_path), "expert", rollouts[2]) < NOISE

@@ -27,7 +27,7 @@ ROLES = ("expert", "responder")
 
 # What the two runs train with besides the defaults: between them every path of the objective runs for real.
 OBJECTIVES = {
-    "shop": [],
+    "shop": ["--algo.advantage.is_correction_level", "token", "--expert.entropy_coef", 0.01],
     "star": [
         *("--gopo.pref.trust_region", "exact", "--train.batch_size", 8),  # two optimizer steps per rollout
         *("--gopo.expert_pg_coef", 0.5, "--gopo.expert_pg", "gae", "--gopo.credit", "turn"),
@@ -156,7 +156,8 @@ def test_the_results_folder_is_complete(trained):
         assert step["expert/actor_grad_norm"] > 0
         assert step["responder/actor_grad_norm"] > 0
         assert step["rollout/failures"] == 0
-        assert all(step[f"{role}/sampler_mismatch"] < 0.02 for role in ROLES)
+        assert all(step[f"{role}/sampler_mismatch"] < 0.05 for role in ROLES)
+        assert ("expert/vllm_kl" in step) == ("--algo.advantage.is_correction_level" in OBJECTIVES[trained[0]])
         assert ("expert/critic_loss" in step) == ("gae" in OBJECTIVES[trained[0]])
     table = (results / "table.md").read_text()
     assert "before training" in table
