@@ -17,6 +17,8 @@ def adapt_strategy(module: Any) -> None:
     strategy = module.DeepspeedStrategy
     module.init_device_mesh = _on_cpu_mesh(module.init_device_mesh)
     strategy.get_ds_train_config = _with_torch_adam(strategy.get_ds_train_config)
+    strategy.get_ds_train_config = _gathering_in_order(strategy.get_ds_train_config)
+    strategy.get_ds_eval_config = _gathering_in_order(strategy.get_ds_eval_config)
     strategy.moving_average = _averaging_on_cpu(strategy.moving_average)
 
 
@@ -36,6 +38,19 @@ def _with_torch_adam(get_ds_train_config: Any) -> Any:
         if optim_dict is not None and optim_dict.get("type") == "AdamW":
             optim_dict = {**optim_dict, "params": {**optim_dict["params"], "torch_adam": True}}
         return get_ds_train_config(self, optim_dict, **kwargs)
+
+    return get
+
+
+def _gathering_in_order(get_ds_config: Any) -> Any:
+    """ZeRO-3 waits for the last of several all-gathers only (partition_parameters.py:2082), and Gloo's may end in any
+    order: parameters gathered together could be read before they are there."""
+
+    @functools.wraps(get_ds_config)
+    def get(self: Any, *args: Any, **kwargs: Any) -> dict:
+        config = get_ds_config(self, *args, **kwargs)
+        config["zero_optimization"]["stage3_allgather_sequential"] = True
+        return config
 
     return get
 

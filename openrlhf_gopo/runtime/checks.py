@@ -96,6 +96,11 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
     for name, (given, why) in unsupported.items():
         if given:
             raise ConfigError(f"{name}: not supported: {why}; leave the flag out")
+    if _has_critic(args, config) and args.train.dynamic_batch_enable and args.ds.zero_stage in (1, 2):
+        raise ConfigError(
+            f"--ds.zero_stage {args.ds.zero_stage}: with --train.dynamic_batch_enable upstream's critic would learn "
+            "from the last micro-batch of each step alone (DeepSpeed keeps no other); use --ds.zero_stage 3 or 0"
+        )
     if not args.vllm.num_engines:
         raise ConfigError(f"--vllm.num_engines {args.vllm.num_engines}: dialogues need vLLM; give 1 or more")
     if args.algo.kl.target:

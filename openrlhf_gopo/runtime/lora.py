@@ -7,6 +7,8 @@ parameters are only read: to merge and unmerge them in place would round a bf16 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import deepspeed
@@ -58,9 +60,15 @@ class MergedModel:
         return list(self.weights.items())
 
     @staticmethod
-    def gathered(weights: list[MergedWeight], enabled: bool = True) -> Any:
+    @contextmanager
+    def gathered(weights: list[MergedWeight], enabled: bool = True) -> Iterator[None]:
         """For ``deepspeed.zero.GatheredParameters`` (ppo_actor.py:472): under ZeRO-3 the adapter's shards too."""
-        return deepspeed.zero.GatheredParameters([p for w in weights for p in w.sources], enabled=enabled)
+        with ExitStack() as stack:
+            for parameter in (p for weight in weights for p in weight.sources):
+                # One by one: of a list DeepSpeed 0.19.6 awaits the last only (partition_parameters.py:2082); on Gloo
+                # the others may still be on their way.
+                stack.enter_context(deepspeed.zero.GatheredParameters([parameter], enabled=enabled))
+            yield
 
 
 def merged_weights(model: PeftModel) -> dict[str, MergedWeight]:

@@ -106,9 +106,21 @@ class RoleActor(Actor):
 class RolePPOTrainer(ppo_actor.ActorPPOTrainer):
     """Upstream's PPO step; the expert's samples bring their allowed labels along."""
 
-    def training_step(self, experience: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def training_step(self, experience: Any, kl_ctl: float, step: int, loss_batch_info: Any = None) -> dict[str, Any]:
+        """Upstream's step on one micro-batch, which may hold no action at all: a quarantined dialogue has none."""
+        if self.args.train.dynamic_batch_enable and self.args.ds.zero_stage in (1, 2):
+            # Upstream tells DeepSpeed of one backward pass a step, so ZeRO-1/2 would keep the last micro-batch alone.
+            last = bool(self.replay_buffer.dynamic_optimizer_step[step])
+            self.actor.model.set_gradient_accumulation_boundary(last)
         with self.actor.choosing(experience.mm_train_inputs):
-            return super().training_step(experience, *args, **kwargs)
+            status = super().training_step(experience, kl_ctl, step, loss_batch_info)
+        if status["num_action_tokens"] == 0:  # upstream divides by it, and its means over no action are nan
+            status["num_action_tokens"] = 1e-9
+            status["metrics"] = {
+                name: value.nan_to_num(0.0) if isinstance(value, torch.Tensor) else value
+                for name, value in status["metrics"].items()
+            }
+        return status
 
     def broadcast_to_vllm(self) -> None:
         """Upstream's loop; of a model with LoRA it sees the merged weights under the base model's names."""

@@ -342,6 +342,10 @@ def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsy
             "--gopo.pref.pairing listwise --gopo.pref.gap_weight 1",
             r"--gopo\.pref\.gap_weight 1\.0: belongs to pairs, --gopo\.pref\.pairing listwise has none",
         ),
+        (
+            "--algo.advantage.estimator gae --train.dynamic_batch_enable",
+            r"--ds\.zero_stage 2: with --train\.dynamic_batch_enable upstream's critic would learn from the last",
+        ),
         ("--gopo.expert_pg_coef -1", r"--gopo\.expert_pg_coef -1\.0: give 0 or more"),
         ("--gopo.schedule_steps 0", r"--gopo\.schedule_steps 0: give 1 or more"),
         (

@@ -202,9 +202,7 @@ def test_two_ranks_sum_to_one_big_batch(groups, pairing, data):
 
     def shard(mine):
         c, metrics = coefficients(m, returns, mine, pairing)
-        # A listwise group is one term of the mean; otherwise each pair is.
-        flat = metrics["pref_groups_without_spread"]
-        return c, len(mine) - flat if pairing == "listwise" else metrics["pref_pairs"], metrics["pref_loss"]
+        return c, metrics["pref_terms"], metrics["pref_loss"]
 
     whole, terms, loss = shard(indices)
     parts = [shard([g for g, rank in zip(indices, ranks, strict=True) if rank == r]) for r in (0, 1)]

@@ -16,7 +16,10 @@ from openrlhf_gopo import platform
 
 platform.activate()
 
+import deepspeed  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed  # noqa: E402
+from deepspeed.comm.torch import TorchBackend  # noqa: E402
 from openrlhf.trainer.ray import ppo_actor  # noqa: E402
 from openrlhf.utils import get_strategy  # noqa: E402
 from peft import PeftModel  # noqa: E402
@@ -24,6 +27,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from openrlhf_gopo.cli import train_gopo  # noqa: E402
 from openrlhf_gopo.runtime.models import RoleActor, RolePPOTrainer, substituted  # noqa: E402
+
+
+def wait_for_every_gather() -> None:
+    """DeepSpeed 0.19.6 awaits the last of several gathers only (partition_parameters.py:2082). NCCL orders them,
+    Gloo's threads do not: without this a loaded, saved or gathered ZeRO-3 model holds garbage now and then."""
+    gather = TorchBackend.all_gather_into_tensor
+
+    def all_gather_into_tensor(self: TorchBackend, *args: Any, **kwargs: Any) -> Any:
+        work = gather(self, *args, **kwargs)
+        if work is not None:
+            work.wait()
+        return work
+
+    TorchBackend.all_gather_into_tensor = all_gather_into_tensor
 
 
 def main(model: str, folder: str, stage: str) -> None:
@@ -39,15 +56,16 @@ def main(model: str, folder: str, stage: str) -> None:
         "--algo.advantage.estimator": "group_norm",
     }
     args, _ = train_gopo.parse([word for flag in flags.items() for word in flag])
+    wait_for_every_gather()
     strategy = get_strategy(args)
     strategy.setup_distributed()
     trainer, tokenizer = build(strategy), AutoTokenizer.from_pretrained(model)
     untrained = sent(trainer)
     step(trainer)
-    before = {name: p.detach().clone() for name, p in trainer.actor.model.module.named_parameters()}
+    before = parameters(trainer)
     trained = sent(trainer)
-    after = trainer.actor.model.module.named_parameters()
-    untouched = all(before[name].equal(p) for name, p in after)
+    handed = handed_over(trainer)
+    untouched = same(before, parameters(trainer))
     strategy.save_model(trainer.actor, tokenizer, f"{folder}/saved")
     strategy.save_ckpt(trainer.actor.model, f"{folder}/ckpt", "step1")
     step(trainer)
@@ -62,7 +80,9 @@ def main(model: str, folder: str, stage: str) -> None:
         result = {
             "untrained is the base": same(untrained, start),
             "moved": sorted(name for name in start if not trained[name].equal(start[name])),
-            "trained is what was saved": same(trained, merged(model, f"{folder}/saved")),
+            # DeepSpeed casts the adapters that PEFT made in float32 to bf16, but not under ZeRO-3 (engine.py:1627).
+            "trained is what was saved": same(trained, merged(model, f"{folder}/saved", float32=stage == "3")),
+            "every rank hands over the same": [same(trained, tensors) for tensors in handed] == [True, True],
             "parameters untouched": untouched,
             "the next step moved on": not same(further, trained),
             "resumed is the checkpoint": same(resumed, trained),
@@ -128,10 +148,34 @@ def sent(trainer: RolePPOTrainer) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def merged(model: str, adapter: str) -> dict[str, torch.Tensor]:
+def handed_over(trainer: RolePPOTrainer) -> list[dict[str, torch.Tensor]]:
+    """What upstream's CUDA IPC path hands to the engines, per rank. A handle of a CPU tensor is a copy."""
+    tensors: list[dict[str, torch.Tensor]] = [{}, {}]
+
+    def receive(name: str, ipc_handles: dict[int, tuple], **_: Any) -> None:
+        for rank, (rebuild, arguments) in ipc_handles.items():
+            tensors[rank][name] = rebuild(*arguments)
+
+    trainer.use_cuda_ipc = True
+    trainer.vllm_engines = [SimpleNamespace(update_weight_cuda_ipc=SimpleNamespace(remote=receive))]
+    local = {"ray": SimpleNamespace(get=list), "get_physical_gpu_id": torch.distributed.get_rank}
+    with substituted(ppo_actor, **local):
+        trainer.broadcast_to_vllm()
+    trainer.use_cuda_ipc = False
+    return tensors
+
+
+def parameters(trainer: RolePPOTrainer) -> dict[str, torch.Tensor]:
+    """Copies of all parameters of the trained model, whole."""
+    named = dict(trainer.actor.model.module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(named.values())):
+        return {name: parameter.detach().clone() for name, parameter in named.items()}
+
+
+def merged(model: str, adapter: str, *, float32: bool) -> dict[str, torch.Tensor]:
     """The saved adapter on the base, merged by PEFT itself."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    peft = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False)
+    peft = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=float32)
     return dict(peft.merge_and_unload().named_parameters())
 
 

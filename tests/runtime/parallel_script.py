@@ -30,49 +30,74 @@ RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def main(folder: str, cases: str) -> None:
-    """Every case on every rank, in one order; rank 0 writes what came out."""
-    results = {}
+    """Every case on every rank, in one order; rank 0 writes what came out, or the error of a rank that is alone."""
+    results: dict[str, Any] = {}
     for name, case in json.loads(cases).items():
         print(f"case {name}", flush=True)  # the last one printed is the one that hangs
-        results[name] = run(folder, **case)
+        try:
+            results[name] = run(folder, **case)
+        except Exception as error:
+            if WORLD > 1:  # the other ranks wait for this one: end the job
+                raise
+            results[name] = repr(error)
     if RANK == 0:
         torch.save(results, Path(folder, f"ranks{WORLD}.pt"))
 
 
-def run(folder: str, flags: dict[str, str], dialogues: str, dtype: str) -> dict[str, Any]:
+def run(folder: str, flags: dict[str, str], dialogues: str, dtype: str, dynamic: int) -> dict[str, Any]:
     """One rollout's updates of the expert on this rank's share of the dialogues.
 
     Returns:
-        ``weights``: parameters by name. ``grad_norm``: of the last update, as upstream logs it. ``parity``: see below.
+        ``weights``: parameters by name. ``status``: upstream's metrics. ``parity``: see ``parity``.
     """
     everything = torch.load(Path(folder, "dialogues.pt"))[dialogues]
     size = len(everything) // WORLD
     mine = everything[RANK * size : (RANK + 1) * size]
-    expert = build(folder, flags, dtype)
+    expert = build(folder, flags, dtype, dynamic)
     apart = parity(expert, mine)
     for dialogue in mine:
         expert.append(experience(dialogue))
     status = expert.fit(kl_ctl=0.0)
     model = expert.actor.model
-    with deepspeed.zero.GatheredParameters(list(model.module.parameters()), enabled=expert.strategy.stage == 3):
-        weights = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    weights = {}
+    for name, parameter in model.module.named_parameters():
+        # One by one: of several, DeepSpeed 0.19.6 waits for the last alone, and Gloo may finish that one first.
+        with deepspeed.zero.GatheredParameters([parameter], enabled=expert.strategy.stage == 3):
+            weights[name] = parameter.detach().clone()
     model.destroy()
-    return {"weights": weights, "grad_norm": status["actor_grad_norm"], "parity": apart}
+    return {"weights": weights, "status": status, "parity": apart}
 
 
-def build(folder: str, flags: dict[str, str], dtype: str) -> Any:
-    """The Ray actor's plain class, without Ray."""
+def build(folder: str, flags: dict[str, str], dtype: str, dynamic: int) -> Any:
+    """The Ray actor's plain class, without Ray. ``dynamic``: tokens of a dynamic micro-batch, 0 for fixed ones."""
     needed = {"--gopo.env": "shop", "--actor.model_name_or_path": folder, "--algo.advantage.estimator": "group_norm"}
     words = [word for name, value in (needed | flags).items() for word in (name, *value.split())]
     args, config = train_gopo.parse(words)
     # Upstream's flag takes bf16 and fp16 only; with neither DeepSpeed computes in float32.
     args.ds.param_dtype = dtype
-    strategy = get_strategy(role_args(args, EXPERT, config))
+    if dynamic:  # as a flag it implies packing, which needs CUDA; the accumulation is the same without
+        args.train.dynamic_batch_enable, args.train.max_tokens_per_gpu, args.rollout.batch_size = True, dynamic, 2
+    strategy = partitioned(get_strategy(role_args(args, EXPERT, config)))
     cls = RolePolicyActor.__ray_metadata__.modified_class
     expert = cls(WORLD, RANK, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
     with substituted(utils, convert_to_torch_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}.get):
         expert.init_model_from_pretrained(strategy, folder, max_steps=10, vllm_engines=None)
+    if strategy.stage == 3:
+        assert not any(p.numel() for p in expert.actor.model.parameters())
     return expert
+
+
+def partitioned(strategy: Any) -> Any:
+    """ZeRO-3 leaves parameters below 100,000 elements whole, which are all of a tiny model; here it leaves none."""
+    configure = strategy.get_ds_train_config
+
+    def get(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        config = configure(*args, **kwargs)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return config
+
+    strategy.get_ds_train_config = get
+    return strategy
 
 
 def experience(dialogue: dict[str, torch.Tensor]) -> Experience:
@@ -96,7 +121,8 @@ def parity(expert: Any, dialogues: list[dict[str, torch.Tensor]]) -> float:
     sequences, mask = (pad_sequence([d[name] for d in dialogues], batch_first=True) for name in ("tokens", "mask"))
     attention = pad_sequence([torch.ones_like(d["tokens"]) for d in dialogues], batch_first=True)
     heads: list[torch.Tensor] = []
-    hook = expert.actor.model.module.lm_head.register_forward_hook(lambda _m, _a, output: heads.append(output))
+    # A copy: upstream divides the logits by the temperature in place.
+    hook = expert.actor.model.module.lm_head.register_forward_hook(lambda _m, _a, output: heads.append(output.clone()))
     expert.forward(sequences, mask, attention, mm_train_inputs_list=[[{"allowed": d["allowed"]}] for d in dialogues])
     expert.forward(sequences, mask, attention)
     hook.remove()

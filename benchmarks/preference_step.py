@@ -1,0 +1,201 @@
+"""Time and peak memory of one expert update: coefficients and decision logits against the naive pairwise loss.
+
+    python benchmarks/preference_step.py [--quick]
+
+Prints two tables and writes JSON. README.md beside this file says what is measured, and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform as machine
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from preference_methods import METHODS, NAIVE, Update, check
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results" / "preference_step.json"
+
+
+def timed(call: Callable[[], object]) -> dict[str, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def time_cell(
+    vocabulary: int, k: int, methods: list[str], repeats: int, naive_repeats: int, naive_seconds: float
+) -> dict[str, list]:
+    """Methods take turns within each round, forwards and backwards, so that load hits all of them alike.
+
+    A naive method is left out of further rounds after ``naive_repeats`` or once it has taken ``naive_seconds``.
+    """
+    update = Update(vocabulary, k)
+    rounds: dict[str, list] = {method: [] for method in [*methods, "coefficients"]}
+    for method in methods:
+        if method not in NAIVE:
+            update.step(method)  # warm up
+    for number in range(repeats):
+        for method in methods if number % 2 == 0 else reversed(methods):
+            spent = sum(once["wall"] for once in rounds[method])
+            if method not in NAIVE or (number < naive_repeats and spent < naive_seconds):
+                rounds[method].append(timed(lambda method=method: update.step(method)))
+        rounds["coefficients"].append(timed(update.preference_advantages))
+    return rounds
+
+
+def memory_cell(vocabulary: int, k: int, method: str) -> float:
+    """MiB that the first update adds to model, optimizer state and data. Call it in a fresh process."""
+    Update(vocabulary=64, k=2, tokens=40).step(method)  # lazy imports, thread pools
+    update = Update(vocabulary, k)
+    for parameter in update.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    update.optimizer.step()  # makes its state
+    update.optimizer.zero_grad()
+    gc.collect()
+    baseline = _reset_peak()
+    update.step(method)
+    return _peak() - baseline
+
+
+def _reset_peak() -> float:
+    """Resident MiB now; on Linux the high-water mark starts again from here."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return _peak()
+    return _status("VmRSS")
+
+
+def _peak() -> float:
+    try:
+        return _status("VmHWM")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _status(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def in_fresh_process(what: str, threads: int, **arguments: object) -> Any:
+    """What ``check``, ``time_cell`` or ``memory_cell`` returns."""
+    # Freed tensors go back to the system at once, so that the peak is that of live ones, not of a fragmented heap.
+    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if what == "memory" else {})
+    command = [sys.executable, "-W", "ignore", __file__, "--cell", json.dumps([what, threads, arguments])]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def leaves_out(method: str, vocabulary: int, k: int, max_gib: float) -> bool:
+    """Logits of 320 tokens and their gradient, float32, would not fit."""
+    return method == "group" and 2 * k * 320 * vocabulary * 4 > max_gib * 2**30
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values), "repeats": len(values)}
+
+
+def summary(rounds: dict[str, list]) -> dict:
+    """Seconds of each method, and ours over the plain policy gradient of the same round, by both clocks."""
+    both = list(zip(rounds["ours"], rounds["policy_gradient"], strict=True))
+    return {
+        "seconds": {m: spread([once["wall"] for once in of_method]) for m, of_method in rounds.items() if of_method},
+        "ours_over_policy_gradient": {
+            clock: spread([ours[clock] / plain[clock] for ours, plain in both]) for clock in ("wall", "cpu")
+        },
+    }
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Every cell of the grid; prints as it goes."""
+    results: dict = {
+        "machine": {"cores": os.cpu_count(), "threads": args.threads, "arch": machine.machine()},
+        "versions": {"python": machine.python_version(), "torch": torch.__version__},
+        "gradient_error": in_fresh_process("check", args.threads),
+        "cells": [],
+    }
+    for vocabulary in args.vocabulary:
+        for k in args.k:
+            methods = [m for m in METHODS if not leaves_out(m, vocabulary, k, args.max_gib)]
+            shape = {"vocabulary": vocabulary, "k": k}
+            options = {name: getattr(args, name) for name in ("repeats", "naive_repeats", "naive_seconds")}
+            cell = shape | summary(in_fresh_process("time", args.threads, **shape, methods=methods, **options))
+            cell["peak_mib"] = {}
+            for m in methods:
+                often = range(1 if m in NAIVE else args.memory_repeats)
+                peaks = [in_fresh_process("memory", args.threads, **shape, method=m) for _ in often]
+                cell["peak_mib"][m] = spread(peaks)
+            results["cells"].append(cell)
+            print(f"vocabulary {vocabulary}, K = {k}: done", file=sys.stderr, flush=True)
+    return results
+
+
+def tables(results: dict) -> list[Table]:
+    def cell(values: dict | None, digits: int) -> str:
+        if values is None:
+            return "too large"
+        median, low, high = (f"{values[key]:.{digits}f}" for key in ("median", "low", "high"))
+        return median if low == high else f"{median} [{low}, {high}]"
+
+    seconds = Table(title="seconds of one update: median, and range of several")
+    memory = Table(title="peak memory above model and optimizer state, MiB")
+    for table, extra in ((seconds, ["ours / policy gradient, CPU time", "coefficients, ms"]), (memory, [])):
+        for name in ("vocabulary", "K", *METHODS, *extra):
+            table.add_column(name.replace("_", " "), justify="right")
+    for row in results["cells"]:
+        shape = (str(row["vocabulary"]), str(row["k"]))
+        share = row["ours_over_policy_gradient"]["cpu"]
+        spent = row["seconds"]["coefficients"]["median"] * 1000
+        times = [cell(row["seconds"].get(m), 3) for m in METHODS]
+        seconds.add_row(*shape, *times, cell(share, 3), f"{spent:.2f}")
+        memory.add_row(*shape, *[cell(row["peak_mib"].get(m), 0) for m in METHODS])
+    return [seconds, memory]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="K = 2, 4; vocabulary 2000; fewer repeats")
+    parser.add_argument("--k", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[2000, 50_000, 150_000])
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--naive_repeats", type=int, default=3)
+    parser.add_argument("--naive_seconds", type=float, default=240.0)
+    parser.add_argument("--memory_repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--max_gib", type=float, default=6.0, help="leave out `group` where its logits need more")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cell:
+        what, threads, arguments = json.loads(args.cell)
+        torch.set_num_threads(threads)
+        print(json.dumps({"check": check, "time": time_cell, "memory": memory_cell}[what](**arguments)))
+        return
+    if args.quick:
+        args.k, args.vocabulary, args.repeats, args.naive_repeats = [2, 4], [2000], 7, 2
+        args.memory_repeats = 2
+    results = measure(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for table in tables(results):
+        console.print(table)
+    console.print(f"gradients agree to {max(results['gradient_error'].values()):.1e}; written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
