@@ -150,7 +150,6 @@ SIGNATURES = {
     "openrlhf.utils.deepspeed:DeepspeedStrategy.all_reduce": "self data op",
     "openrlhf.utils.deepspeed:DeepspeedStrategy.get_ds_train_config": "self optim_dict max_norm",
     "openrlhf.utils.deepspeed:DeepspeedStrategy.get_ds_eval_config": "self offload",
-    "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer.training_step": "self experience kl_ctl step loss_batch_info",
     "openrlhf.utils.deepspeed:DeepspeedStrategy.load_ckpt": (
         "self model load_dir tag load_module_strict load_optimizer_states load_lr_scheduler_states load_module_only"
     ),
