@@ -444,7 +444,7 @@ def test_bad_input_is_one_clear_line(flags, message, tokenizer, capsys) -> None:
 def test_a_critic_does_not_learn_from_a_part_of_its_batch(tokenizer, monkeypatch) -> None:
     """Upstream packs dynamic batches, so this is a matter of GPUs."""
     monkeypatch.setenv("OPENRLHF_GOPO_CPU", "0")
-    flags = ["--train.dynamic_batch_enable", "--algo.advantage.estimator", "gae"]
+    flags = ["--train.dynamic_batch_enable", "--algo.advantage.estimator", "gae", "--vllm.num_engines", "1"]
     args, config = train_gopo.parse(command(*flags, actor__model_name_or_path=tokenizer))
     with pytest.raises(ConfigError, match=r"--ds\.zero_stage 2: with --train\.dynamic_batch_enable upstream's critic"):
         checks.check_flags(args, config)
