@@ -2,7 +2,8 @@
 # GOPO on the environment `shop` on a machine without a GPU. README.md beside this file.
 set -x
 
-MODEL=${MODEL:?a warm-started chat model, such as the one that examples/quickstart makes}
+MODEL=${MODEL:?a warm-started responder, such as runs/quickstart/warm_responder of examples/quickstart}
+EXPERT_MODEL=${EXPERT_MODEL:-$MODEL}
 OUT=${OUT:-runs/shop_cpu}
 
 python3 -m openrlhf.cli.train_gopo \
@@ -16,9 +17,10 @@ python3 -m openrlhf.cli.train_gopo \
    --gopo.pref.reference sampler \
    --gopo.eval_goals 160 \
    --actor.model_name_or_path "$MODEL" \
+   --expert.model_name_or_path "$EXPERT_MODEL" \
    --actor.adam.lr 1e-4 \
    --actor.lr_warmup_ratio 0 \
-   --expert.adam.lr 5e-4 \
+   --expert.adam.lr 3e-4 \
    --algo.advantage.estimator group_norm \
    --algo.kl.init_coef 0.01 \
    --rollout.batch_size 8 \
