@@ -7,8 +7,6 @@ parameters are only read: to merge and unmerge them in place would round a bf16 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import deepspeed
@@ -60,15 +58,9 @@ class MergedModel:
         return list(self.weights.items())
 
     @staticmethod
-    @contextmanager
-    def gathered(weights: list[MergedWeight], enabled: bool = True) -> Iterator[None]:
+    def gathered(weights: list[MergedWeight], enabled: bool = True) -> Any:
         """For ``deepspeed.zero.GatheredParameters`` (ppo_actor.py:472): under ZeRO-3 the adapter's shards too."""
-        with ExitStack() as stack:
-            for parameter in (p for weight in weights for p in weight.sources):
-                # One by one: of a list DeepSpeed 0.19.6 awaits the last only (partition_parameters.py:2082); on Gloo
-                # the others may still be on their way.
-                stack.enter_context(deepspeed.zero.GatheredParameters([parameter], enabled=enabled))
-            yield
+        return deepspeed.zero.GatheredParameters([p for w in weights for p in w.sources], enabled=enabled)
 
 
 def merged_weights(model: PeftModel) -> dict[str, MergedWeight]:
@@ -88,7 +80,7 @@ def merged_weights(model: PeftModel) -> dict[str, MergedWeight]:
         if id(parameter) in adapters:
             continue
         place, _, leaf = name.rpartition(".base_layer.")
-        layer = layers.get(place) if leaf == "weight" else None  # upstream adapts no bias (actor.py:177)
+        layer = layers.get(place) if leaf == "weight" else None  # upstream adapts no bias (actor.py:186)
         clean = f"{place}.{leaf}" if place in layers else name
         if layer is not None:
             adapted[place] = parameter

@@ -19,7 +19,6 @@ platform.activate()
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed  # noqa: E402
-from deepspeed.comm.torch import TorchBackend  # noqa: E402
 from openrlhf.trainer.ray import ppo_actor  # noqa: E402
 from openrlhf.utils import get_strategy  # noqa: E402
 from peft import PeftModel  # noqa: E402
@@ -27,20 +26,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from openrlhf_gopo.cli import train_gopo  # noqa: E402
 from openrlhf_gopo.runtime.models import RoleActor, RolePPOTrainer, substituted  # noqa: E402
-
-
-def wait_for_every_gather() -> None:
-    """DeepSpeed 0.19.6 awaits the last of several gathers only (partition_parameters.py:2082). NCCL orders them,
-    Gloo's threads do not: without this a loaded, saved or gathered ZeRO-3 model holds garbage now and then."""
-    gather = TorchBackend.all_gather_into_tensor
-
-    def all_gather_into_tensor(self: TorchBackend, *args: Any, **kwargs: Any) -> Any:
-        work = gather(self, *args, **kwargs)
-        if work is not None:
-            work.wait()
-        return work
-
-    TorchBackend.all_gather_into_tensor = all_gather_into_tensor
 
 
 def main(model: str, folder: str, stage: str) -> None:
@@ -56,7 +41,6 @@ def main(model: str, folder: str, stage: str) -> None:
         "--algo.advantage.estimator": "group_norm",
     }
     args, _ = train_gopo.parse([word for flag in flags.items() for word in flag])
-    wait_for_every_gather()
     strategy = get_strategy(args)
     strategy.setup_distributed()
     trainer, tokenizer = build(strategy), AutoTokenizer.from_pretrained(model)

@@ -104,7 +104,11 @@ def test_two_ranks_send_save_and_resume(stage, folder, tmp_path):
         )
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=200)[0][-4000:] for rank in ranks]
+    try:
+        outputs = [rank.communicate(timeout=300)[0][-4000:] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()  # one that waits for a dead one would wait for an hour
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
     result = json.loads((tmp_path / "result.json").read_text())
     moved, saved = result.pop("moved"), result.pop("saved")
