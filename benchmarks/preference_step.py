@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import platform as machine
@@ -101,8 +102,8 @@ def in_fresh_process(what: str, threads: int, **arguments: object) -> Any:
 
 
 def leaves_out(method: str, vocabulary: int, k: int, max_gib: float) -> bool:
-    """Logits of 320 tokens and their gradient, float32, would not fit."""
-    return method == "group" and 2 * k * 320 * vocabulary * 4 > max_gib * 2**30
+    """Three float32 tensors of (K, 320 tokens, vocabulary), the logits and their gradient's parts, would not fit."""
+    return method == "group" and 3 * k * 320 * vocabulary * 4 > max_gib * 2**30
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -121,27 +122,34 @@ def summary(rounds: dict[str, list]) -> dict:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Every cell of the grid; prints as it goes."""
+    """Every cell of the grid that is not there yet. The file is written after each: a kill loses one cell."""
     results: dict = {
         "machine": {"cores": os.cpu_count(), "threads": args.threads, "arch": machine.machine()},
         "versions": {"python": machine.python_version(), "torch": torch.__version__},
         "gradient_error": in_fresh_process("check", args.threads),
-        "cells": [],
+        "cells": json.loads(args.out.read_text())["cells"] if args.resume and args.out.exists() else [],
     }
-    for vocabulary in args.vocabulary:
-        for k in args.k:
-            methods = [m for m in METHODS if not leaves_out(m, vocabulary, k, args.max_gib)]
-            shape = {"vocabulary": vocabulary, "k": k}
-            options = {name: getattr(args, name) for name in ("repeats", "naive_repeats", "naive_seconds")}
-            cell = shape | summary(in_fresh_process("time", args.threads, **shape, methods=methods, **options))
-            cell["peak_mib"] = {}
-            for m in methods:
-                often = range(1 if m in NAIVE else args.memory_repeats)
-                peaks = [in_fresh_process("memory", args.threads, **shape, method=m) for _ in often]
-                cell["peak_mib"][m] = spread(peaks)
-            results["cells"].append(cell)
-            print(f"vocabulary {vocabulary}, K = {k}: done", file=sys.stderr, flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    there = [(cell["vocabulary"], cell["k"]) for cell in results["cells"]]
+    for vocabulary, k in itertools.product(args.vocabulary, args.k):
+        if (vocabulary, k) in there:
+            continue
+        results["cells"].append(measure_cell(vocabulary, k, args))
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"vocabulary {vocabulary}, K = {k}: done", file=sys.stderr, flush=True)
     return results
+
+
+def measure_cell(vocabulary: int, k: int, args: argparse.Namespace) -> dict:
+    shape = {"vocabulary": vocabulary, "k": k}
+    methods = [m for m in METHODS if not leaves_out(m, vocabulary, k, args.max_gib)]
+    options = {name: getattr(args, name) for name in ("repeats", "naive_repeats", "naive_seconds")}
+    cell = shape | summary(in_fresh_process("time", args.threads, **shape, methods=methods, **options))
+    cell["peak_mib"] = {}
+    for m in methods:
+        often = range(1 if m in NAIVE else args.memory_repeats)
+        cell["peak_mib"][m] = spread([in_fresh_process("memory", args.threads, **shape, method=m) for _ in often])
+    return cell
 
 
 def tables(results: dict) -> list[Table]:
@@ -171,13 +179,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="K = 2, 4; vocabulary 2000; fewer repeats")
     parser.add_argument("--k", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[2000, 50_000, 150_000])
-    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--naive_repeats", type=int, default=3)
-    parser.add_argument("--naive_seconds", type=float, default=240.0)
-    parser.add_argument("--memory_repeats", type=int, default=3)
+    parser.add_argument("--naive_seconds", type=float, default=120.0)
+    parser.add_argument("--memory_repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--max_gib", type=float, default=6.0, help="leave out `group` where its logits need more")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--resume", action="store_true", help="keep the cells that --out holds")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
@@ -189,8 +198,6 @@ def main() -> None:
         args.k, args.vocabulary, args.repeats, args.naive_repeats = [2, 4], [2000], 7, 2
         args.memory_repeats = 2
     results = measure(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
     console = Console(width=None if sys.stdout.isatty() else 200)
     for table in tables(results):
         console.print(table)
