@@ -26,15 +26,23 @@ def esndcg(trajectory: Trajectory) -> float:
     >>> round(esndcg(Trajectory(Goal("g", "", "", {"x": 1.0}), 0, 0, [first, second])), 4)
     0.5307
     """
-    return sum(gains(trajectory))
+    gained, best = _discounted(trajectory)
+    possible = sum(best)
+    # One division of two sums: rounded addition is monotone, so the best choices score 1 exactly, and never more.
+    return sum(gained) / possible if possible > 0 else 0.0
 
 
 def gains(trajectory: Trajectory) -> list[float]:
     """What each turn adds to ESNDCG: rel_t(z_t) / log2(t + 2) over the denominator above."""
+    gained, best = _discounted(trajectory)
+    possible = sum(best)
+    return [gain / possible if possible > 0 else 0.0 for gain in gained]
+
+
+def _discounted(trajectory: Trajectory) -> tuple[list[float], list[float]]:
+    """Per turn, the grade of the choice and of the best choice, each over log2(t + 2)."""
     discounts = [math.log2(t + 2) for t in range(len(trajectory.turns))]
-    best = (max(turn.relevance.values(), default=0) for turn in trajectory.turns)
-    possible = sum(grade / discount for grade, discount in zip(best, discounts, strict=True))
-    return [
-        turn.relevance.get(turn.strategy, 0) / discount / possible if possible > 0 else 0.0
-        for turn, discount in zip(trajectory.turns, discounts, strict=True)
-    ]
+    return (
+        [turn.relevance.get(turn.strategy, 0) / d for turn, d in zip(trajectory.turns, discounts, strict=True)],
+        [max(turn.relevance.values(), default=0) / d for turn, d in zip(trajectory.turns, discounts, strict=True)],
+    )
