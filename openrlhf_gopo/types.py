@@ -112,8 +112,8 @@ class Stream:
     """The append-only token sequence of one role in one dialogue.
 
     ``spans``: half-open [start, end) ranges of ``tokens`` that the role sampled, in order. ``logprobs``: the sampler's
-    log-probability of each token of ``tokens``, 0.0 outside the spans. ``allowed``: expert only, one list of allowed
-    label token ids per span.
+    log-probability of each token of ``tokens``, 0.0 outside the spans. ``allowed``: per span, the label token ids that
+    it could be, or nothing where the whole vocabulary was open.
     """
 
     tokens: list[int] = field(default_factory=list)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-PAD = -1  # fills the rows of an ``allowed`` matrix; never a token id
+PAD = -1  # fills the rows of an ``allowed`` matrix; never a token id. A row of nothing else is no decision at all
 
 
 def pad_allowed(allowed: list[list[int]], width: int | None = None) -> torch.Tensor:
-    """Stack per-decision label ids into a LongTensor (N, L) filled with ``PAD``; L = ``width`` or the longest row."""
+    """Stack per-action label ids into a LongTensor (N, L) filled with ``PAD``; L = ``width`` or the longest row."""
     width = max((len(row) for row in allowed), default=0) if width is None else width
-    return torch.tensor([row + [PAD] * (width - len(row)) for row in allowed], dtype=torch.long).reshape(-1, width)
+    rows = [row + [PAD] * (width - len(row)) for row in allowed]
+    return torch.tensor(rows, dtype=torch.long).reshape(len(rows), width)
 
 
 def masked_categorical_logprobs(

@@ -32,16 +32,15 @@ class StreamBuilder:
         """Append a message made by ``message``."""
         self._context(message)
 
-    def act(self, tokens: Sequence[int], logprobs: Sequence[float], allowed: list[int] | None = None) -> None:
-        """Append what the role sampled, with the sampler's log-probabilities and, for the expert, the allowed ids."""
+    def act(self, tokens: Sequence[int], logprobs: Sequence[float], allowed: Sequence[int] = ()) -> None:
+        """Append what the role sampled, with the sampler's log-probabilities and, for a decision, the allowed ids."""
         if not tokens or len(tokens) != len(logprobs):
             raise ValueError(f"the engine returned {len(tokens)} tokens with {len(logprobs)} log-probabilities")
         start = len(self.stream.tokens)
         self.stream.tokens.extend(tokens)
         self.stream.logprobs.extend(logprobs)
         self.stream.spans.append((start, len(self.stream.tokens)))
-        if allowed is not None:
-            self.stream.allowed.append(allowed)
+        self.stream.allowed.append(list(allowed))
 
     def force(self, token: int) -> None:
         """Append a choice that was no choice (one allowed label): context, no span."""

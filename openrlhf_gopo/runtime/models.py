@@ -1,4 +1,4 @@
-"""The Ray actors of both roles: upstream's own classes, with an ``Actor`` that can also be an exact categorical.
+"""The Ray actors of both roles: upstream's own classes, with an ``Actor`` that scores actions only, decisions exactly.
 
 Upstream builds ``Actor`` and ``ActorPPOTrainer`` by name inside ``init_model_from_pretrained`` (OpenRLHF 0.11.2,
 ppo_actor.py:510 and :585, launcher.py:107), so those names are substituted while its constructor runs. The allowed
@@ -16,16 +16,18 @@ import ray
 import torch
 from openrlhf.models import Actor
 from openrlhf.models.ring_attn_utils import unpad_and_slice_tensor
+from openrlhf.models.utils import compute_entropy, log_probs_from_logits
 from openrlhf.trainer.ray import launcher, ppo_actor
 from openrlhf.utils.vlm_utils import merge_mm_train_inputs
 from peft import PeftModel
 
-from openrlhf_gopo.core.categorical import chosen_logprobs, masked_categorical_logprobs
+from openrlhf_gopo.core.categorical import PAD, chosen_logprobs, masked_categorical_logprobs
 from openrlhf_gopo.runtime.lora import MergedModel, merged_weights
 
 
 class RoleActor(Actor):
-    """Upstream's actor inside ``choosing(...)`` is the expert: a categorical over each decision's allowed labels."""
+    """Upstream's actor that computes the logits of actions only, and inside ``choosing(...)`` knows which of them were
+    decisions: those follow a categorical over the labels that the SOP allowed."""
 
     _allowed: torch.Tensor | None = None
 
@@ -36,10 +38,11 @@ class RoleActor(Actor):
 
     @contextmanager
     def choosing(self, model_inputs: list | None) -> Iterator[None]:
-        """Within: ``forward`` reads ``action_mask`` as decisions, if ``model_inputs`` carries their allowed labels.
+        """Within: ``forward`` reads actions as decisions where ``model_inputs`` carries their allowed labels.
 
         Args:
-            model_inputs: ``Experience.mm_train_inputs`` of the batch: per sample {"allowed": (T, L)} or None.
+            model_inputs: ``Experience.mm_train_inputs`` of the batch: per sample {"allowed": (N, L)} or None; one row
+                per action of the batch, in order, without any label where the whole vocabulary was open.
         """
         device = next(self.model.parameters()).device
         self._allowed = merge_mm_train_inputs(model_inputs or [], device).get("allowed")
@@ -55,52 +58,88 @@ class RoleActor(Actor):
         attention_mask: torch.Tensor | None = None,
         return_output: bool = False,
         return_entropy: bool = False,
-        ring_attn_group: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Log-probabilities of actions, (B, A); see upstream. For decisions the logits of no other position exist.
+        """Log-probabilities of actions, (B, A), zero elsewhere; see upstream. No other position's logits exist.
 
         Args:
             sequences: (B, S). action_mask: (B, A), A <= S - 1, True where the *next* token is an action.
+
+        Returns:
+            With ``return_output`` also the model's output: ``logits`` (1, N, V) of the N actions and, with
+            ``return_entropy``, ``entropy`` (B, S - 1) in nats, of the categorical where it was a decision.
         """
-        if self._allowed is None:
-            return super().forward(
-                sequences,
-                action_mask,
-                attention_mask,
-                return_output=return_output,
-                return_entropy=return_entropy,
-                ring_attn_group=ring_attn_group,
-                **kwargs,
-            )
+        if action_mask is None or kwargs.get("ring_attn_group") is not None:
+            options = {"return_output": return_output, "return_entropy": return_entropy, **kwargs}
+            return super().forward(sequences, action_mask, attention_mask, **options)
         rows, columns = action_mask.nonzero(as_tuple=True)
         columns = columns + sequences.shape[1] - 1 - action_mask.shape[1]
-        logits = self._decision_logits(sequences, attention_mask, rows, columns)
-        logprobs, entropies = masked_categorical_logprobs(logits, self._allowed, self.temperature)
-        chosen = chosen_logprobs(logprobs, self._allowed, sequences[rows, columns + 1])
-        # An expert that was never asked still needs a graph, or the ranks' backward passes would not match.
-        empty = logits.float().sum() * 0.0 if len(rows) == 0 else 0.0
+        output = self._forward_actions(sequences, attention_mask, rows, columns)
+        logits = output["logits"][0]
+        logprobs, entropy = self._score(logits, sequences[rows, columns + 1], return_entropy)
+        # Where a batch has no action this keeps a graph, or the ranks' backward passes would not match.
         shape = (sequences.shape[0], sequences.shape[1] - 1)
-        action_log_probs = chosen.new_zeros(shape).index_put((rows, columns), chosen) + empty
-        output = SimpleNamespace(entropy=chosen.new_zeros(shape).index_put((rows, columns), entropies))
-        action_log_probs = action_log_probs[:, -action_mask.shape[1] :]
+        action_log_probs = logprobs.new_zeros(shape).index_put((rows, columns), logprobs)[:, -action_mask.shape[1] :]
+        if return_entropy:
+            output.entropy = entropy.new_zeros(shape).index_put((rows, columns), entropy)
         return (action_log_probs, output) if return_output else action_log_probs
 
-    def _decision_logits(
+    def _score(
+        self, logits: torch.Tensor, tokens: torch.Tensor, with_entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """log pi of each action and its entropy (zeros unless asked for): logits (N, V), tokens (N,) -> (N,), (N,)."""
+        if self._allowed is None or self._allowed.shape[1] == 0:
+            return self._score_words(logits, tokens, with_entropy)
+        decision = (self._allowed != PAD).any(dim=-1)
+        if bool(decision.all()):
+            return self._score_labels(logits, tokens, self._allowed)
+        words = ~decision
+        of_words = self._score_words(logits[words], tokens[words], with_entropy)
+        of_labels = self._score_labels(logits[decision], tokens[decision], self._allowed[decision])
+        both = (word.new_zeros(len(tokens)) for word in of_words)
+        logprobs, entropy = (
+            out.index_put((words,), word).index_put((decision,), label)
+            for out, word, label in zip(both, of_words, of_labels, strict=True)
+        )
+        return logprobs, entropy
+
+    def _score_words(
+        self, logits: torch.Tensor, tokens: torch.Tensor, with_entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(tokens) == 0:  # upstream's kernels take no empty batch; this one keeps the graph
+            return logits.float().sum(dim=-1), logits.new_zeros(0)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scaled = logits if self.temperature == 1.0 else logits / self.temperature
+        logprobs = log_probs_from_logits(scaled, tokens)
+        return logprobs, compute_entropy(scaled) if with_entropy else torch.zeros_like(logprobs)
+
+    def _score_labels(
+        self, logits: torch.Tensor, tokens: torch.Tensor, allowed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, entropy = masked_categorical_logprobs(logits, allowed, self.temperature)
+        return chosen_logprobs(logprobs, allowed, tokens), entropy
+
+    def _forward_actions(
         self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits (N, V) at (rows, columns); only the union of the columns goes through the head."""
+    ) -> Any:
+        """The model's output with logits (1, N, V) at (rows, columns): only these hidden states reach the head."""
         if self.packing_samples:
             flat = rows * sequences.shape[1] + columns
             sequences, position_ids, _, _, indices = unpad_and_slice_tensor(sequences, attention_mask, None)
             rows, columns, attention_mask = torch.zeros_like(rows), torch.searchsorted(indices, flat), None
         else:
             position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
-        keep, place = columns.unique(return_inverse=True)
-        if len(keep) == 0:
-            keep = columns.new_zeros(1)
-        output = self.model(sequences, attention_mask=attention_mask, position_ids=position_ids, logits_to_keep=keep)
-        return output["logits"][rows, place] if len(rows) else output["logits"].flatten(0, 1)[:0]
+
+        # Through the head's own forward, so that ZeRO-3 gathers its weight; transformers' logits_to_keep knows columns
+        # only, and the replies of a batch stand in different ones.
+        def select(_head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (args[0][rows, columns].unsqueeze(0), *args[1:])
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(select)
+        try:
+            return self.model(sequences, attention_mask=attention_mask, position_ids=position_ids)
+        finally:
+            handle.remove()
 
 
 class RolePPOTrainer(ppo_actor.ActorPPOTrainer):

@@ -54,8 +54,9 @@ class DialogueSample:
 def to_experience(sample: DialogueSample, role: str, num_labels: int) -> Experience:
     """A one-sample ``Experience`` of ``role``; a quarantined sample has an all-zero action mask.
 
-    sequences (1, S); action_mask and rollout_log_probs (1, S-1), aligned with the token they predict; for the expert,
-    ``mm_train_inputs[0]["allowed"]`` (T, num_labels) holds the allowed label ids of each decision.
+    sequences (1, S); action_mask and rollout_log_probs (1, S-1), aligned with the token they predict;
+    ``mm_train_inputs[0]["allowed"]`` (N, num_labels) holds the allowed label ids of each action token, none where it was
+    free. ``num_labels`` is 0 for a role that decides nothing.
     """
     stream = sample.trajectory.streams.get(role, Stream())
     tokens = torch.tensor(stream.tokens or [0, 0], dtype=torch.long)
@@ -64,14 +65,15 @@ def to_experience(sample: DialogueSample, role: str, num_labels: int) -> Experie
         for start, end in stream.spans:
             action_mask[start:end] = 1
     logprobs = torch.tensor(stream.logprobs or [0.0, 0.0], dtype=torch.float32)
-    allowed = [] if sample.quarantined else stream.allowed
+    spans = [] if sample.quarantined else zip(stream.spans, stream.allowed, strict=True)
+    allowed = [ids for (start, end), ids in spans for _ in range(start, end)]
     reward = torch.tensor([sample.returns[role]], dtype=torch.float32)
     return Experience(
         sequences=tokens.unsqueeze(0),
         attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
         action_mask=action_mask[1:].unsqueeze(0),
         rollout_log_probs=(logprobs * action_mask)[1:].unsqueeze(0),
-        mm_train_inputs=[{"allowed": pad_allowed(allowed, num_labels)} if role == EXPERT else None],
+        mm_train_inputs=[{"allowed": pad_allowed(allowed, num_labels)}],
         images=[None],
         prompts=[sample.trajectory.goal.id],
         labels=[sample.trajectory.stop.value],

@@ -17,6 +17,7 @@ platform.activate()
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
+from openrlhf.models import Actor
 from openrlhf.trainer.ppo_utils.experience import Experience  # noqa: E402
 from openrlhf.utils import get_strategy, utils  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
@@ -117,21 +118,20 @@ def experience(dialogue: dict[str, torch.Tensor]) -> Experience:
 
 
 def parity(expert: Any, dialogues: list[dict[str, torch.Tensor]]) -> float:
-    """Largest |difference| over the ranks of the logits at decisions: head on decision columns alone, and on all."""
+    """Largest |difference| over the ranks of the logits at decisions: the head on those alone, and on everything."""
     sequences, mask = (pad_sequence([d[name] for d in dialogues], batch_first=True) for name in ("tokens", "mask"))
     attention = pad_sequence([torch.ones_like(d["tokens"]) for d in dialogues], batch_first=True)
     heads: list[torch.Tensor] = []
     # A copy: upstream divides the logits by the temperature in place.
     hook = expert.actor.model.module.lm_head.register_forward_hook(lambda _m, _a, output: heads.append(output.clone()))
     expert.forward(sequences, mask, attention, mm_train_inputs_list=[[{"allowed": d["allowed"]}] for d in dialogues])
-    expert.forward(sequences, mask, attention)
+    with torch.no_grad():
+        Actor.forward(expert.actor, sequences, mask, attention)
     hook.remove()
     kept, full = heads
-    columns = mask.any(dim=0).nonzero().flatten()
-    if len(columns) == 0:  # this rank's expert was never asked
-        columns = torch.zeros(1, dtype=torch.long)
-    assert kept.shape[1] == len(columns) < full.shape[1]
-    return expert.strategy.all_reduce(float((kept - full[:, columns]).abs().max()), op="max")
+    assert kept.shape == (1, int(mask.sum()), full.shape[2])  # of an expert that was never asked: nothing
+    apart = (kept[0] - full[:, :-1][mask.bool()]).abs()
+    return expert.strategy.all_reduce(float(apart.max()) if len(apart) else 0.0, op="max")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def dialogue(*completed, forced=()):
             expert.allowed.append([9, 10])
         responder.tokens += [1, 5, 6]
         responder.spans.append((len(responder.tokens) - 2, len(responder.tokens)))
+        responder.allowed.append([])
     for stream in (expert, responder):
         stream.logprobs = [0.0] * len(stream.tokens)
     trajectory.streams = {EXPERT: expert, RESPONDER: responder}
@@ -67,7 +68,7 @@ def advantages(cls, role, samples, *, kl=0.0, values=None, estimator="group_norm
     maker._samples = samples
     experiences = []
     for i, sample in enumerate(samples):
-        experience = to_experience(sample, role, 2)
+        experience = to_experience(sample, role, 2 if role == EXPERT else 0)
         shape = experience.action_mask.shape
         experience.index = [i]
         experience.action_log_probs = torch.zeros(shape)
@@ -170,4 +171,5 @@ def test_a_decision_that_no_turn_carried_out_earns_nothing():
     stream.tokens += [1, 7, 9]
     stream.logprobs += [0.0] * 3
     stream.spans.append((6, 7))
+    stream.allowed.append([9, 10])
     assert DialogueSample.of(sample.trajectory, WEIGHTS).earned[EXPERT] == pytest.approx([0.4, 0.0])

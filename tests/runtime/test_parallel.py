@@ -256,7 +256,7 @@ def test_dynamic_micro_batches_give_the_plain_step(trained, expected, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_head_on_decision_columns_gives_the_logits_of_the_whole_head(trained, stage):
+def test_the_head_on_decisions_gives_the_logits_of_the_whole_head(trained, stage):
     assert trained[2][f"zero {stage} micro 4"]["parity"] < 1e-5  # ranks with other decisions
     assert trained[2][f"zero {stage} idle"]["parity"] < 1e-5  # and one without
 

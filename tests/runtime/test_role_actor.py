@@ -1,4 +1,4 @@
-"""The expert's log-probabilities in the trainer: exact, padded or not, with the logits of decision positions only."""
+"""Log-probabilities in the trainer: exact, padded or not, with the logits of actions only."""
 
 import pytest
 import torch
@@ -78,28 +78,70 @@ def test_equals_full_logits_whatever_the_batch(actor, rows):
         assert torch.allclose(logprobs[i][mask[i] == 1].double(), brute_force(actor, row).double(), atol=1e-6)
 
 
-def test_outside_choosing_it_is_upstreams_actor(actor):
-    sequences, mask, attention, inputs = batch([0, 2])
-    plain = Actor(actor.model, temperature=0.7)
-    plain.packing_samples, plain.temperature = False, actor.temperature
+def plain(actor: RoleActor) -> Actor:
+    """Upstream's actor with the same weights."""
+    plain = Actor(actor.model, temperature=actor.temperature)
+    plain.packing_samples = False
+    return plain
+
+
+def gradients(actor: Actor, loss: torch.Tensor) -> torch.Tensor:
+    found = torch.autograd.grad(loss, list(actor.parameters()))
+    return torch.cat([g.flatten() for g in found])
+
+
+@pytest.mark.parametrize("inputs", [[None, None], [{"allowed": pad_allowed([[]] * n, width=0)} for n in (2, 3)]])
+def test_words_are_scored_as_upstream_scores_them(actor, inputs):
+    """Values, entropies and gradients, and nothing but the actions' hidden states went through the head."""
+    sequences, mask, attention, _ = batch([0, 2])
+    theirs, output = plain(actor)(sequences, mask, attention, return_output=True, return_entropy=True)
     with actor.choosing(inputs):
-        pass
-    with actor.choosing([None, None]):
-        assert torch.equal(actor(sequences, mask, attention), plain(sequences, mask, attention))
+        ours, found = actor(sequences, mask, attention, return_output=True, return_entropy=True)
+    assert torch.allclose(ours, theirs.double(), atol=1e-6)
+    actions = mask == 1
+    assert torch.allclose(found.entropy[actions].double(), output.entropy[actions].double(), atol=1e-5)
+    assert found.logits.shape == (1, int(mask.sum()), 40)
+    assert torch.allclose(
+        gradients(actor, ours.sum() + found.entropy[actions].sum()),
+        gradients(actor, theirs.sum() + output.entropy[actions].sum()),
+        atol=1e-5,
+    )
 
 
-def test_only_decision_positions_reach_the_head(actor):
+def test_one_stream_may_hold_words_and_decisions(actor):
+    """The second action of each dialogue is a word, the others are decisions; both in one batch."""
+    rows = [0, 2]
+    sequences, mask, attention, inputs = batch(rows)
+    for given in inputs:
+        given["allowed"][1] = -1  # PAD: the whole vocabulary was open
+    words = plain(actor)(sequences, mask, attention)
+    with actor.choosing(inputs):
+        mixed, output = actor(sequences, mask, attention, return_output=True, return_entropy=True)
+    for i, row in enumerate(rows):
+        expected = brute_force(actor, row).double()
+        expected[1] = words[i][mask[i] == 1][1]
+        assert torch.allclose(mixed[i][mask[i] == 1], expected, atol=1e-6)
+        # a word's entropy is over 40 tokens, a decision's over at most 5
+        assert (output.entropy[i][mask[i] == 1] > torch.tensor(5.0).log()).tolist() == [
+            n == 1 for n in range(len(expected))
+        ]
+    assert mixed.sum().requires_grad
+
+
+def test_only_action_positions_reach_the_head(actor):
     seen = []
-    actor.model.lm_head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
+    actor.model.lm_head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape))
     sequences, mask, attention, inputs = batch([0, 1, 2])
     with actor.choosing(inputs):
         actor(sequences, mask, attention)
-    assert seen == [len({place for places in DECISIONS for place in places})]
+    assert seen == [(1, sum(map(len, DECISIONS)), 32)]
+    assert actor.model(sequences).logits.shape == (3, max(LENGTHS), 40)  # and the model is as it was
 
 
-def test_an_expert_that_was_never_asked_has_a_graph_and_no_gradient(actor):
+@pytest.mark.parametrize("width", [0, 5])
+def test_a_role_that_never_acted_has_a_graph_and_no_gradient(actor, width):
     sequences, mask, attention, _ = batch([1])
-    with actor.choosing([{"allowed": pad_allowed([], width=5)}]):
+    with actor.choosing([{"allowed": pad_allowed([], width=width)}]):
         logprobs = actor(sequences, torch.zeros_like(mask), attention)
     logprobs.sum().backward()
     assert all(p.grad is None or bool((p.grad == 0).all()) for p in actor.parameters())
