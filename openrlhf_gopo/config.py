@@ -69,6 +69,12 @@ class GopoConfig:
 
     env: str = flag(None, "environment: shop, star, an entry point, or path/to/file.py:ClassName", kind=str)
     data: str = flag(None, "data folder of the environment (star: STAR's upstream layout)", kind=str)
+    policy: str = flag(
+        "two_level",
+        "expert and responder; or single_level: the --actor.* model picks the strategy and writes the reply, and "
+        "learns from --gopo.responder_reward by upstream's estimator alone (gae: PPO, group_norm: GRPO)",
+        choices=("two_level", "single_level"),
+    )
     sharing: str = flag(
         "separate", "two models, or one model in two roles with both losses", choices=("separate", "shared")
     )
@@ -129,6 +135,35 @@ class GopoConfig:
             0 <= self.max_failure_rate <= 1, "--gopo.max_failure_rate", self.max_failure_rate, "give a share in [0, 1]"
         )
 
+        if self.policy == "single_level":
+            self._check_single_level()
+
+    def _check_single_level(self) -> None:
+        """Refuse what belongs to an expert that is not there."""
+        names = [name for name in (f.name for f in flags(GopoConfig)) if name.startswith("expert_")]
+        for config, prefix, chosen in (
+            (self, "gopo", ["sharing", "schedule", "schedule_steps", *names]),
+            (self.pref, "gopo.pref", [f.name for f in flags(PreferenceConfig)]),
+        ):
+            for f in flags(type(config)):
+                value = getattr(config, f.name)
+                _require(
+                    f.name not in chosen or value == default(f),
+                    f"--{prefix}.{f.name}",
+                    value,
+                    "--gopo.policy single_level has no expert; drop it",
+                )
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles of the policy: one model each, or one for both with ``sharing`` shared."""
+        return (EXPERT, RESPONDER) if self.policy == "two_level" else (RESPONDER,)
+
+    @property
+    def own_expert(self) -> bool:
+        """True when the expert is a model of its own."""
+        return self.policy == "two_level" and self.sharing == "separate"
+
     @property
     def expert_has_critic(self) -> bool:
         """True when the expert's turn-level term needs a critic of its own."""
@@ -137,7 +172,7 @@ class GopoConfig:
     def learners(self, step: int) -> tuple[str, ...]:
         """The roles that learn at ``step`` (0, 1, ...)."""
         if self.schedule == "joint":
-            return (EXPERT, RESPONDER)
+            return self.roles
         if self.schedule == "alternate":
             return ((EXPERT, RESPONDER)[step // self.schedule_steps % 2],)
         return (self.schedule,)

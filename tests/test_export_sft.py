@@ -8,12 +8,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from openrlhf_gopo.cli import export_sft
+from openrlhf_gopo.cli.export_sft import SINGLE_LEVEL
 from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.evaluation.scripted import demonstrations
 from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
-from openrlhf_gopo.policy import prompts
-from openrlhf_gopo.policy.two_level import TwoLevelPolicy
+from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
 
 hide_what_cuda_builds_break()
 
@@ -46,6 +46,11 @@ def policy(tokenizer, env):
     return TwoLevelPolicy(tokenizer, tokenizer, env.catalogue_size())
 
 
+@pytest.fixture(scope="module")
+def single(tokenizer, env):
+    return SingleLevelPolicy(tokenizer, tokenizer, env.catalogue_size())
+
+
 def rollout_streams(policy, env, trajectory):
     """The streams that a rollout with the same turns would have."""
     catalogue = env.catalogue(trajectory.goal)
@@ -53,17 +58,17 @@ def rollout_streams(policy, env, trajectory):
     ids, by_id, previous = policy.label_ids(catalogue), {s.id: s for s in catalogue}, None
     encode = policy.responder.tokenizer.encode
     for turn in trajectory.turns:
-        expert.ask(expert.message(prompts.expert_turn(previous, turn.user)))
+        expert.ask(expert.message(policy.decision_text(previous, turn.user)))
         token = ids[turn.strategy]
         if turn.forced:
             expert.force(token)
         else:
             expert.act([token], [-1.0], [ids[s] for s in turn.allowed])
-        responder.ask(responder.message(prompts.responder_turn(turn.user, by_id[turn.strategy], turn.briefing)))
+        responder.ask(responder.message(policy.reply_text(turn.user, by_id[turn.strategy], turn.briefing)))
         sampled = [*encode(turn.reply, add_special_tokens=False), policy.responder.stop_token]
         responder.act(sampled, [-1.0] * len(sampled))
         previous = policy.responder.decode(sampled)
-    return {EXPERT: expert.stream.tokens, RESPONDER: responder.stream.tokens}
+    return {EXPERT: expert.stream, RESPONDER: responder.stream}
 
 
 @pytest.mark.parametrize("skill", [0.0, 0.7])
@@ -72,12 +77,30 @@ def test_exported_messages_are_the_rollouts_streams(tokenizer, env, policy, skil
     assert max(len(trajectory.turns) for trajectory in played) >= 4
     for trajectory in played:
         exported = export_sft.messages(trajectory, env, list(policy.labels))
-        for role, tokens in rollout_streams(policy, env, trajectory).items():
-            whole = tokenizer.apply_chat_template(exported[role], tokenize=True, return_dict=False)
+        for role, stream in rollout_streams(policy, env, trajectory).items():
+            whole, tokens = (
+                tokenizer.apply_chat_template(exported[role], tokenize=True, return_dict=False),
+                stream.tokens,
+            )
             # The expert decodes its label alone, so its stream ends before the end of that message.
             assert whole[: len(tokens)] == tokens
             rest = tokenizer.convert_ids_to_tokens(whole[len(tokens) :])
             assert rest == {EXPERT: ["<|im_end|>", "Ċ"], RESPONDER: ["Ċ"]}[role]
+
+
+def test_one_model_that_does_both_is_taught_its_own_stream(tokenizer, env, single):
+    for trajectory in demonstrations(env, 12, 0.7, seed=1):
+        exported = export_sft.messages(trajectory, env, list(single.labels))[SINGLE_LEVEL]
+        stream = rollout_streams(single, env, trajectory)[RESPONDER]
+        whole = tokenizer.apply_chat_template(exported, tokenize=True, return_dict=False)
+        assert whole[: len(stream.tokens)] == stream.tokens
+        assert tokenizer.convert_ids_to_tokens(whole[len(stream.tokens) :]) == ["Ċ"]
+        # A decision and a reply per turn, in this order; a forced decision is no action.
+        actions = [kind for turn in trajectory.turns for kind in ([] if turn.forced else ["label"]) + ["reply"]]
+        assert ["label" if allowed else "reply" for allowed in stream.allowed] == actions
+        assert [len(allowed) for allowed in stream.allowed if allowed] == [
+            len(turn.allowed) for turn in trajectory.turns if not turn.forced
+        ]
 
 
 def test_the_command_writes_what_the_rollout_reads(tokenizer, policy, env, tmp_path, capsys):
@@ -86,12 +109,16 @@ def test_the_command_writes_what_the_rollout_reads(tokenizer, policy, env, tmp_p
     export_sft.main(
         ["--env", "shop", "--tokenizer", str(tmp_path / "model"), "--dialogues", "5", "--seed", "3", "--out", str(out)]
     )
-    written = {n: [json.loads(x) for x in (out / f"{n}.jsonl").open()] for n in (EXPERT, RESPONDER, "both")}
+    names = (EXPERT, RESPONDER, SINGLE_LEVEL, "both")
+    written = {n: [json.loads(x) for x in (out / f"{n}.jsonl").open()] for n in names}
     assert len(written[EXPERT]) == len(written[RESPONDER]) == 5
     assert sorted(map(json.dumps, written["both"])) == sorted(map(json.dumps, written[EXPERT] + written[RESPONDER]))
     expected = list(export_sft.export(env, list(policy.labels), 5, 0.5, 3))
     assert [line["messages"] for line in written[EXPERT]] == [conversation[EXPERT] for conversation in expected]
     assert [line["messages"] for line in written[RESPONDER]] == [conversation[RESPONDER] for conversation in expected]
+    assert [line["messages"] for line in written[SINGLE_LEVEL]] == [
+        conversation[SINGLE_LEVEL] for conversation in expected
+    ]
     assert "5 dialogues of shop" in capsys.readouterr().out
 
 
@@ -114,6 +141,6 @@ def test_the_quickstart_tokenizer_has_a_usable_template(env):
     policy = TwoLevelPolicy(tokenizer, tokenizer, env.catalogue_size())
     (trajectory,) = demonstrations(env, 1, 0.5, 0)
     exported = export_sft.messages(trajectory, env, list(policy.labels))
-    for role, tokens in rollout_streams(policy, env, trajectory).items():
+    for role, stream in rollout_streams(policy, env, trajectory).items():
         whole = tokenizer.apply_chat_template(exported[role], tokenize=True, return_dict=False)
-        assert whole[: len(tokens)] == tokens
+        assert whole[: len(stream.tokens)] == stream.tokens

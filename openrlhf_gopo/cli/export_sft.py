@@ -22,18 +22,22 @@ from openrlhf_gopo.policy.labels import choose_labels
 from openrlhf_gopo.types import Trajectory
 
 Messages = list[dict[str, str]]
+SINGLE_LEVEL = "single_level"
 
 
 def messages(
     trajectory: Trajectory, env: Environment, labels: list[str], names_only: bool = False
 ) -> dict[str, Messages]:
-    """One dialogue as each role's conversation: what it reads as user messages, what it does as assistant messages."""
+    """One dialogue as the conversation of each role, and of one model that plays both: what it reads as user messages,
+    what it does as assistant messages."""
     catalogue = env.catalogue(trajectory.goal)
     by_id = {s.id: (label, s) for s, label in zip(catalogue, labels, strict=False)}
     context = trajectory.goal.context
     system = prompts.expert_system(labels[: len(catalogue)], catalogue, context, names_only=names_only)
     expert = [_message("system", system)]
     responder = [_message("system", prompts.responder_system(context))]
+    system = prompts.single_system(labels[: len(catalogue)], catalogue, context, names_only=names_only)
+    single = [_message("system", system)]
     previous: str | None = None
     for turn in trajectory.turns:
         label, strategy = by_id[turn.strategy]
@@ -42,8 +46,14 @@ def messages(
             _message("user", prompts.responder_turn(turn.user, strategy, turn.briefing)),
             _message("assistant", turn.reply),
         ]
+        single += [
+            _message("user", prompts.single_turn(turn.user)),
+            _message("assistant", label),
+            _message("user", prompts.single_order(strategy, turn.briefing)),
+            _message("assistant", turn.reply),
+        ]
         previous = turn.reply
-    return {EXPERT: expert, RESPONDER: responder}
+    return {EXPERT: expert, RESPONDER: responder, SINGLE_LEVEL: single}
 
 
 def single_turns(conversation: Messages) -> Iterator[Messages]:
@@ -89,7 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write expert.jsonl, responder.jsonl, both.jsonl (their union) and replies.jsonl (one reply each)."""
+    """Write expert.jsonl, responder.jsonl, single_level.jsonl (one model that does both), both.jsonl (the union of the
+    first two) and replies.jsonl (one reply each)."""
     args = build_parser().parse_args(argv)
     try:
         _export(args)
@@ -108,8 +119,8 @@ def _export(args: argparse.Namespace) -> None:
     played = list(
         export(env, labels, args.dialogues, args.skill, args.seed, slip=args.slip, names_only=args.names_only)
     )
-    sets = {role: [conversations[role] for conversations in played] for role in (EXPERT, RESPONDER)}
-    sets["both"] = [conversation for conversations in played for conversation in conversations.values()]
+    sets = {role: [conversations[role] for conversations in played] for role in (EXPERT, RESPONDER, SINGLE_LEVEL)}
+    sets["both"] = [conversations[role] for conversations in played for role in (EXPERT, RESPONDER)]
     sets["replies"] = [turn for conversation in sets[RESPONDER] for turn in single_turns(conversation)]
     for name, conversations in sets.items():
         lines = (json.dumps({"messages": conversation}) + "\n" for conversation in conversations)

@@ -131,6 +131,8 @@ def _expert_args(actor: SimpleNamespace, given: dict, config: GopoConfig) -> Sim
         *parents, leaf = name.split(".")
         for parent in parents:
             node = getattr(node, parent)
+        if config.policy == "single_level":
+            raise ConfigError(f"--expert.{name} {value}: --gopo.policy single_level has no expert; drop it")
         if config.sharing == "shared" and getattr(node, leaf) != value:
             raise ConfigError(
                 f"--expert.{name} {value}: contradicts --gopo.sharing shared, where both roles are the actor's model "
@@ -194,7 +196,7 @@ def _report(args: SimpleNamespace, config: GopoConfig, results: Path, phases: di
     console.rule(f"GOPO on {config.env}: done in {seconds / 60:.1f} min")
     if "table" in written:
         console.print(written["table"].read_text(), markup=False)
-    roles = ("responder",) if config.sharing == "shared" else ("expert", "responder")
+    roles = config.roles if config.own_expert else ("responder",)
     written |= {"trajectories": results / "trajectories.jsonl", "metrics": metrics}
     for name, path in ({role: Path(args.ckpt.output_dir) / role for role in roles} | written).items():
         console.print(f"{name:>16}  {path}", markup=False)

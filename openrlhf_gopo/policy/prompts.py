@@ -26,7 +26,24 @@ def responder_system(context: str) -> str:
     return f"You are a service agent. Write the reply that carries out the strategy.\n{context}"
 
 
+def single_system(
+    labels: Iterable[str], catalogue: Iterable[Strategy], context: str, *, names_only: bool = False
+) -> str:
+    """The instructions of one model that does both."""
+    catalogued = expert_system(labels, catalogue, context, names_only=names_only)
+    return f"You are a service agent. Asked for a strategy, write the reply that carries it out.\n{catalogued}"
+
+
+def single_turn(user: str) -> str:
+    """The utterance to pick a strategy for; what was replied before stands in the same stream."""
+    return f"Customer: {user}"
+
+
+def single_order(strategy: Strategy, briefing: str) -> str:
+    """The strategy just picked, and the facts that may be stated."""
+    return f"[{strategy.name}] {briefing}".rstrip()
+
+
 def responder_turn(user: str, strategy: Strategy, briefing: str) -> str:
     """The utterance to answer, the strategy to answer under, and the facts that may be stated."""
-    order = f"[{strategy.name}] {briefing}".rstrip()
-    return f"Customer: {user}\n{order}"
+    return f"Customer: {user}\n{single_order(strategy, briefing)}"

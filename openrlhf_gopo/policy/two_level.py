@@ -1,10 +1,11 @@
-"""The two-level policy of one dialogue: who is asked what, in which stream, decoding which tokens."""
+"""The policy of one dialogue, two-level or single-level: who is asked what, in which stream, decoding which tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.policy import prompts
 from openrlhf_gopo.policy.labels import choose_labels
 from openrlhf_gopo.policy.template import ChatTemplate
@@ -60,6 +61,8 @@ class TwoLevelPolicy:
         labels: ``--gopo.labels`` or None. names_only: ``--gopo.names_only``.
     """
 
+    roles: tuple[str, ...] = (EXPERT, RESPONDER)  # whose streams a trajectory has
+
     def __init__(
         self,
         expert_tokenizer: Any,
@@ -75,13 +78,45 @@ class TwoLevelPolicy:
 
     def streams(self, goal: Goal, catalogue: Sequence[Strategy]) -> tuple[StreamBuilder, StreamBuilder]:
         """Fresh (expert, responder) streams for one dialogue."""
-        labels = list(self.labels)[: len(catalogue)]
-        system = prompts.expert_system(labels, catalogue, goal.context, names_only=self.names_only)
+        system = prompts.expert_system(self._labels(catalogue), catalogue, goal.context, names_only=self.names_only)
         return (
             StreamBuilder(self.expert, system),
             StreamBuilder(self.responder, prompts.responder_system(goal.context)),
         )
 
+    def decision_text(self, previous_reply: str | None, user: str) -> str:
+        """The message that asks for a strategy."""
+        return prompts.expert_turn(previous_reply, user)
+
+    def reply_text(self, user: str, strategy: Strategy, briefing: str) -> str:
+        """The message that asks for the reply under ``strategy``."""
+        return prompts.responder_turn(user, strategy, briefing)
+
     def label_ids(self, catalogue: Sequence[Strategy]) -> dict[str, int]:
         """Strategy id -> label token id."""
         return {s.id: token for s, token in zip(catalogue, self.labels.values(), strict=False)}
+
+    def _labels(self, catalogue: Sequence[Strategy]) -> list[str]:
+        return list(self.labels)[: len(catalogue)]
+
+
+class SingleLevelPolicy(TwoLevelPolicy):
+    """One model in one stream: at every turn the label of a strategy, then the reply under it.
+
+    The ablation without the expert: same decisions, same hard rules, same facts, but one policy that learns both from
+    one return. With ``--algo.advantage.estimator gae`` it is multi-turn PPO, with ``group_norm`` GRPO.
+    """
+
+    roles = (RESPONDER,)
+
+    def streams(self, goal: Goal, catalogue: Sequence[Strategy]) -> tuple[StreamBuilder, StreamBuilder]:
+        """One fresh stream, twice."""
+        system = prompts.single_system(self._labels(catalogue), catalogue, goal.context, names_only=self.names_only)
+        stream = StreamBuilder(self.responder, system)
+        return stream, stream
+
+    def decision_text(self, previous_reply: str | None, user: str) -> str:
+        return prompts.single_turn(user)
+
+    def reply_text(self, user: str, strategy: Strategy, briefing: str) -> str:
+        return prompts.single_order(strategy, briefing)

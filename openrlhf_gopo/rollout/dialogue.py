@@ -14,7 +14,6 @@ from typing import TypeVar
 from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.envs.base import Dialogue, Environment
 from openrlhf_gopo.errors import DialogueError, StreamError
-from openrlhf_gopo.policy import prompts
 from openrlhf_gopo.policy.two_level import StreamBuilder, TwoLevelPolicy
 from openrlhf_gopo.rewards.joint import score
 from openrlhf_gopo.rollout.engine import Generate, Sampling
@@ -52,10 +51,10 @@ async def run_dialogue(
     """Play ``goal`` to its end and score it.
 
     Returns:
-        The trajectory, with both streams. If the environment or a reward raised, timed out or broke its contract, or a
-        text cannot be tokenised safely, the stop reason is FAILED, ``error`` holds the traceback, and the streams hold
-        what was sampled so far. An engine's exception is not a dialogue's fault and propagates. When the responder has
-        no room left (MAX_TOKENS), the expert's stream ends with a decision that no turn carried out.
+        The trajectory, with the stream of each role. If the environment or a reward raised, timed out or broke its
+        contract, or a text cannot be tokenised safely, the stop reason is FAILED, ``error`` holds the traceback, and
+        the streams hold what was sampled so far. An engine's exception is not a dialogue's fault and propagates. When
+        the responder has no room left (MAX_TOKENS), the last decision is one that no turn carried out.
     """
     run = _Run(env, goal, policy, generate, limits, sample, seed)
     try:
@@ -91,7 +90,7 @@ class _Run:
             self._check_allowed(observation.allowed)
         reply: str | None = None
         for _ in range(self.limits.max_turns):
-            asked = self.expert.message(prompts.expert_turn(reply, observation.user))
+            asked = self.expert.message(self.policy.decision_text(reply, observation.user))
             if self._full(self.expert, asked, 1):
                 self.trajectory.stop = StopReason.MAX_TOKENS
                 return
@@ -119,7 +118,8 @@ class _Run:
             self.catalogue: dict[str, Strategy] = {s.id: s for s in catalogue}
             self.label_ids = self.policy.label_ids(catalogue)
             self.expert, self.responder = self.policy.streams(self.goal, catalogue)
-        self.trajectory.streams = {EXPERT: self.expert.stream, RESPONDER: self.responder.stream}
+        builders = {EXPERT: self.expert, RESPONDER: self.responder}
+        self.trajectory.streams = {role: builders[role].stream for role in self.policy.roles}
 
     async def call(self, fn: Callable[[], T]) -> T:
         """Call into the environment or a reward; whatever goes wrong there is a ``DialogueError``."""
@@ -161,7 +161,7 @@ class _Run:
         turn.briefing = await self.call(lambda: dialogue.briefing(turn.strategy))
         turn.expected = await self.call(lambda: dialogue.expected(turn.strategy))
         strategy = self.catalogue[turn.strategy]
-        asked = self.responder.message(prompts.responder_turn(turn.user, strategy, turn.briefing))
+        asked = self.responder.message(self.policy.reply_text(turn.user, strategy, turn.briefing))
         cap = self.limits.reply_max_tokens
         if self._full(self.responder, asked, cap):
             return False

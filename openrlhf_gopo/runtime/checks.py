@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.envs import Environment
 from openrlhf_gopo.errors import ConfigError
-from openrlhf_gopo.policy import prompts
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy
 from openrlhf_gopo.rewards.joint import parse_weights
 
@@ -48,7 +47,6 @@ def check_dialogues(args: SimpleNamespace, config: GopoConfig, env: Environment,
 
 def gpus_needed(args: SimpleNamespace, config: GopoConfig) -> int:
     """GPUs that all groups and engines together ask for."""
-    policies = 1 if config.sharing == "shared" else 2
     actor = args.actor.num_nodes * args.actor.num_gpus_per_node
     if args.train.colocate_all:
         return actor
@@ -58,7 +56,7 @@ def gpus_needed(args: SimpleNamespace, config: GopoConfig) -> int:
     critics = bool(args.critic.model_name_or_path) + config.expert_has_critic
     critic = args.critic.num_nodes * args.critic.num_gpus_per_node * critics
     engines = args.vllm.num_engines * args.vllm.tensor_parallel_size
-    if policies == 2:
+    if config.own_expert:
         engines += (config.expert_num_engines or args.vllm.num_engines) * args.vllm.tensor_parallel_size
         actor += args.expert.num_nodes * args.expert.num_gpus_per_node
         reference *= 2
@@ -69,12 +67,11 @@ def _check_budget(args, config, env, policy, goal) -> None:
     catalogue = env.catalogue(goal)
     opening = env.start(goal, seed=0).opening
     expert, responder = policy.streams(goal, catalogue)
-    needs = {
-        "expert": len(expert.stream.tokens) + len(expert.message(prompts.expert_turn(None, opening.user))) + 1,
-        "responder": len(responder.stream.tokens)
-        + max(len(responder.message(prompts.responder_turn(opening.user, s, ""))) for s in catalogue)
-        + config.reply_max_tokens,
-    }
+    expert.ask(expert.message(policy.decision_text(None, opening.user)))
+    expert.force(next(iter(policy.labels.values())))
+    needs = {"expert": len(expert.stream.tokens)}
+    orders = (responder.message(policy.reply_text(opening.user, strategy, "")) for strategy in catalogue)
+    needs["responder"] = len(responder.stream.tokens) + max(map(len, orders)) + config.reply_max_tokens
     for role, tokens in needs.items():
         if tokens > args.data.max_len:
             raise ConfigError(
@@ -89,7 +86,7 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
         "--ds.ring_attn_size": (args.ds.ring_attn_size > 1, "the expert's decisions are not sliced over a ring"),
         "--data.max_images_per_prompt": (args.data.max_images_per_prompt > 0, "dialogues are text"),
         "--vllm.sync_with_ray": (
-            args.vllm.sync_with_ray and config.sharing == "separate",
+            args.vllm.sync_with_ray and config.own_expert,
             "upstream's group name is fixed, and two policies would share it",
         ),
     }
@@ -115,7 +112,7 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
     _check_credit(args, config)
     if config.pref.trust_region == "exact":
         _check_exact(args, config)
-    if args.rollout.n_samples_per_prompt < 2:
+    if args.rollout.n_samples_per_prompt < 2 and config.policy == "two_level":
         raise ConfigError(
             f"--rollout.n_samples_per_prompt {args.rollout.n_samples_per_prompt}: preferences compare trajectories of "
             "one goal; give 2 or more"
@@ -188,7 +185,7 @@ def _check_lora(args: SimpleNamespace) -> None:
 
 
 def _check_placement(args: SimpleNamespace, config: GopoConfig) -> None:
-    roles = {"actor": args.actor} | ({} if config.sharing == "shared" else {"expert": args.expert})
+    roles = {"actor": args.actor} | ({"expert": args.expert} if config.own_expert else {})
     for name, role in roles.items():
         if not role.model_name_or_path:
             raise ConfigError(f"--{name}.model_name_or_path: missing; name a Hugging Face model or folder")
@@ -242,7 +239,7 @@ def _check_batches(args: SimpleNamespace, config: GopoConfig) -> None:
             f"--train.batch_size {args.train.batch_size}: does not divide the {samples} dialogues of one rollout "
             "(--rollout.batch_size x --rollout.n_samples_per_prompt); the rest would never be trained on"
         )
-    groups = ["actor"] if config.sharing == "shared" else ["actor", "expert"]
+    groups = ["actor", "expert"] if config.own_expert else ["actor"]
     for name in [*groups, *(["critic"] if _has_critic(args, config) else [])]:
         role = getattr(args, name)
         ranks = role.num_nodes * role.num_gpus_per_node // args.ds.tensor_parallel_size

@@ -40,7 +40,8 @@ def rollout_spec(args: SimpleNamespace, config: GopoConfig, max_turns: int) -> R
         user_timeout=config.user_timeout,
         responder_top_p=args.rollout.top_p,
     )
-    weights = {EXPERT: parse_weights(config.expert_reward), RESPONDER: parse_weights(config.responder_reward)}
+    rewards = {EXPERT: config.expert_reward, RESPONDER: config.responder_reward}
+    weights = {role: parse_weights(rewards[role]) for role in config.roles}
     return RolloutSpec(policy_spec(args, config), limits, weights, config, args.train.seed)
 
 
@@ -107,11 +108,11 @@ def place(roles: dict[str, Role], args: SimpleNamespace, config: GopoConfig) -> 
     everything = None
     if args.train.colocate_all:
         everything = _placement(args.actor)
-    if config.sharing == "shared":
-        _place_role(roles[RESPONDER], everything, policies=1)
-        shared = roles[RESPONDER]
-        roles[EXPERT].actor, roles[EXPERT].reference = shared.actor, shared.reference
-        roles[EXPERT].engines = shared.engines
+    if not config.own_expert:
+        only = roles[RESPONDER]
+        _place_role(only, everything, policies=1)
+        for role in roles.values():  # the expert too, where one model plays both
+            role.actor, role.reference, role.engines = only.actor, only.reference, only.engines
         return
     for role in roles.values():
         _place_role(role, everything, policies=2)

@@ -11,7 +11,7 @@ from typing import Any
 from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.envs import Environment, load_environment
 from openrlhf_gopo.errors import ConfigError
-from openrlhf_gopo.policy.two_level import TwoLevelPolicy
+from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
 from openrlhf_gopo.rollout.dialogue import Limits
 from openrlhf_gopo.types import Goal
 
@@ -26,6 +26,7 @@ class PolicySpec:
     responder_path: str
     labels: str | None
     names_only: bool
+    single_level: bool = False
     use_fast: bool = True
 
 
@@ -58,10 +59,11 @@ def policy_spec(args: SimpleNamespace, config: GopoConfig) -> PolicySpec:
     return PolicySpec(
         config.env,
         config.data,
-        (args.actor if config.sharing == "shared" else args.expert).model_name_or_path,
+        (args.expert if config.own_expert else args.actor).model_name_or_path,
         args.actor.model_name_or_path,
         config.labels,
         config.names_only,
+        config.policy == "single_level",
         not args.data.disable_fast_tokenizer,
     )
 
@@ -87,4 +89,5 @@ def build_policy(spec: PolicySpec) -> tuple[Environment, TwoLevelPolicy]:
     responder = load("--actor.model_name_or_path", spec.responder_path)
     same = spec.expert_path == spec.responder_path
     expert = responder if same else load("--expert.model_name_or_path", spec.expert_path)
-    return env, TwoLevelPolicy(expert, responder, env.catalogue_size(), spec.labels, spec.names_only)
+    policy = SingleLevelPolicy if spec.single_level else TwoLevelPolicy
+    return env, policy(expert, responder, env.catalogue_size(), spec.labels, spec.names_only)

@@ -52,9 +52,9 @@ def role_args(args: SimpleNamespace, role: str, config: GopoConfig) -> SimpleNam
 
 
 def make_roles(args: SimpleNamespace, config: GopoConfig) -> dict[str, Role]:
-    """Expert and responder, without models yet. With ``shared`` the expert is the responder's model in another role."""
+    """The policy's roles, without models yet. With ``shared`` the expert is the responder's model in another role."""
     roles = {}
-    for name in (EXPERT, RESPONDER):
-        source = RESPONDER if config.sharing == "shared" else name
+    for name in config.roles:
+        source = name if config.own_expert else RESPONDER
         roles[name] = Role(name, get_strategy(role_args(args, source, config)))
     return roles

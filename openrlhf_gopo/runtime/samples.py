@@ -42,12 +42,12 @@ class DialogueSample:
         """Attach the returns; ``weights`` maps a role to its reward weights."""
         if trajectory.stop is StopReason.FAILED:
             return cls(trajectory, dict.fromkeys(weights, 0.0), {role: [] for role in weights})
-        earned = {
-            EXPERT: decision_rewards(trajectory, weights[EXPERT]),
-            RESPONDER: turn_rewards(trajectory, weights[RESPONDER]),
-        }
-        for role, rewards in earned.items():  # a decision without a turn: the responder's stream was full
-            rewards += [0.0] * (len(trajectory.streams[role].spans) - len(rewards))
+        earned = {}
+        for role, of_role in weights.items():
+            rewards = iter((decision_rewards if role == EXPERT else turn_rewards)(trajectory, of_role))
+            allowed = trajectory.streams[role].allowed
+            # One model that decides too earns with its replies. A decision without a turn, for want of room, earns 0.
+            earned[role] = [0.0 if role == RESPONDER and labels else next(rewards, 0.0) for labels in allowed]
         return cls(trajectory, {role: joint(trajectory.rewards, w) for role, w in weights.items()}, earned)
 
 
@@ -55,8 +55,8 @@ def to_experience(sample: DialogueSample, role: str, num_labels: int) -> Experie
     """A one-sample ``Experience`` of ``role``; a quarantined sample has an all-zero action mask.
 
     sequences (1, S); action_mask and rollout_log_probs (1, S-1), aligned with the token they predict;
-    ``mm_train_inputs[0]["allowed"]`` (N, num_labels) holds the allowed label ids of each action token, none where it was
-    free. ``num_labels`` is 0 for a role that decides nothing.
+    ``mm_train_inputs[0]["allowed"]`` (N, num_labels) holds the allowed label ids of each action token, none where the
+    whole vocabulary was open. ``num_labels`` is 0 for a role that decides nothing.
     """
     stream = sample.trajectory.streams.get(role, Stream())
     tokens = torch.tensor(stream.tokens or [0, 0], dtype=torch.long)

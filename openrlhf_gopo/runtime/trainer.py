@@ -33,10 +33,11 @@ class Learner(BasePPOTrainer):
     def __init__(self, role: Role, config: GopoConfig, num_labels: int, tokenizer: Any) -> None:
         super().__init__(role.strategy, role.actor, role.critic, None, role.reference, role.engines, tokenizer)
         self.role = role.name
+        decides = role.name == EXPERT or config.policy == "single_level"
         groups = (role.actor, role.critic, None, role.reference, self.kl_ctl, role.strategy, tokenizer)
         maker = ExpertExperienceMaker if role.name == EXPERT else ResponderExperienceMaker
         self.experience_maker: GOPOExperienceMaker = maker(
-            *groups, role=role.name, num_labels=num_labels, config=config
+            *groups, role=role.name, num_labels=num_labels if decides else 0, config=config
         )
 
     def learn(self, samples: list[DialogueSample], global_step: int) -> dict[str, Any]:
@@ -56,11 +57,11 @@ class Learner(BasePPOTrainer):
 
 
 class GOPOTrainer(BasePPOTrainer):
-    """Trains an expert and a responder from dialogues about goals; upstream's ``actor`` is the responder.
+    """Trains the roles of a policy from dialogues about goals; upstream's ``actor`` is the responder.
 
     Args:
         strategy: of the run as a whole: upstream's flags as given, loggers included.
-        roles: {"expert", "responder"}; with sharing they have the same actor group and engines.
+        roles: {"expert", "responder"}, with sharing of the same actor group and engines; {"responder"} if single-level.
         env: the environment; its train goals are the data, its held-out goals the evaluation.
         spec: what a rollout needs beyond a goal.
         results: folder for metrics.jsonl, trajectories.jsonl and the evaluations.
@@ -82,7 +83,7 @@ class GOPOTrainer(BasePPOTrainer):
         super().__init__(strategy, *groups, tokenizers[RESPONDER])
         self.config, self.results = config, results
         self.learners = {name: Learner(role, config, num_labels, tokenizers[name]) for name, role in roles.items()}
-        self.shared, self.num_labels = config.sharing == "shared", num_labels
+        self.num_labels = num_labels
         for interval in (self.args.eval, self.args.ckpt):
             key = "steps" if interval is self.args.eval else "save_steps"
             if getattr(interval, key) == -1:
@@ -98,7 +99,7 @@ class GOPOTrainer(BasePPOTrainer):
             eval_dataloader=loader(heldout, 1, shuffle=False, collate_fn=GoalDataset.collate_fn),
             tokenizer=self.tokenizer,
             vllm_engines=responder.engines,
-            expert_engines=None if self.shared else roles[EXPERT].engines,
+            expert_engines=roles[EXPERT].engines if config.own_expert else None,
             spec=spec,
             folder=results,
         )
@@ -107,10 +108,10 @@ class GOPOTrainer(BasePPOTrainer):
         updates = batches * self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt
         steps = updates // self.args.train.batch_size * self.args.train.num_episodes * self.args.train.max_epochs
         # One scheduler step per optimizer step of a model; a shared model takes those of both roles.
-        if config.schedule == "alternate" and not self.shared:
+        if config.schedule == "alternate" and config.own_expert:
             self.max_steps = -(-steps // 2)
         else:
-            self.max_steps = steps * (2 if self.shared and config.schedule == "joint" else 1)
+            self.max_steps = steps * (2 if config.sharing == "shared" and config.schedule == "joint" else 1)
 
     def fit(self, global_step: int = 0) -> dict[str, list[Trajectory]]:
         """Train for ``--train.num_episodes`` passes over the goals.
@@ -173,7 +174,7 @@ class GOPOTrainer(BasePPOTrainer):
         start = time.time()
         roles = self.config.learners(global_step)
         # On devices of their own the roles learn at the same time; on the same devices, one after the other.
-        together = 1 if self.shared or self.args.train.colocate_all else len(roles)
+        together = len(roles) if self.config.own_expert and not self.args.train.colocate_all else 1
         with ThreadPoolExecutor(together) as pool:
             for learned in pool.map(lambda role: self.learners[role].learn(samples, global_step), roles):
                 status.update(learned)
@@ -183,9 +184,9 @@ class GOPOTrainer(BasePPOTrainer):
         status["timing/sync"] = time.time() - start
         return status, global_step + 1
 
-    def broadcast_to_vllm(self, roles: tuple[str, ...] = (EXPERT, RESPONDER)) -> None:
-        """Send the weights of ``roles`` to their engines; with sharing there is one set of both."""
-        for name in (RESPONDER,) if self.shared else roles:
+    def broadcast_to_vllm(self, roles: tuple[str, ...] | None = None) -> None:
+        """Send the weights of ``roles`` (None: all) to their engines; with sharing there is one set of both."""
+        for name in (roles or self.config.roles) if self.config.own_expert else (RESPONDER,):
             self.learners[name].broadcast_to_vllm()
 
     def evaluate(self, global_step: int) -> tuple[dict[str, float], list[Trajectory]]:
@@ -211,14 +212,14 @@ class GOPOTrainer(BasePPOTrainer):
 
     def save_logs_and_checkpoints(self, global_step: int, logs_dict: Any = None, client_states: Any = None) -> None:
         """Upstream's, for the responder; the expert's checkpoint is written first, under the same tag."""
-        if global_step % self.args.ckpt.save_steps == 0 and not self.shared:
+        if global_step % self.args.ckpt.save_steps == 0 and self.config.own_expert:
             self._save_expert(f"global_step{global_step}", client_states, self._latest_eval_metric_value)
         super().save_logs_and_checkpoints(global_step, logs_dict, client_states)
 
     def save_best_checkpoint(self, eval_metrics: dict, global_step: int, client_states: Any = None) -> None:
         """Upstream's, for both roles: the expert's copy first, whenever the responder's will be written."""
         value = eval_metrics.get(self.best_eval_metric_key)
-        if value is not None and value > self.best_eval_metric_value and not self.shared:
+        if value is not None and value > self.best_eval_metric_value and self.config.own_expert:
             self._save_expert(f"best_global_step{global_step}", client_states, value)
         super().save_best_checkpoint(eval_metrics, global_step, client_states)
 

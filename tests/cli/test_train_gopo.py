@@ -190,6 +190,8 @@ def test_a_dry_run_says_what_it_checked_and_leaves_nothing(tokenizer, tmp_path, 
         ("--algo.kl.init_coef 0", 4),
         ("--algo.advantage.estimator gae", 7),
         ("--gopo.sharing shared", 3),
+        ("--gopo.policy single_level --data.max_len 2048", 3),
+        ("--gopo.policy single_level --data.max_len 2048 --algo.advantage.estimator gae", 4),
         ("--gopo.expert_pg_coef 1 --gopo.expert_pg gae", 7),  # the expert's own critic
         ("--gopo.expert_pg_coef 1 --gopo.expert_pg gae --algo.advantage.estimator gae", 8),
         ("--train.colocate_actor_ref", 4),
@@ -367,6 +369,12 @@ def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsy
             r"--train\.batch_size 4: over 1 ranks of the expert it holds no whole number of groups of 8",
         ),
         # the roles
+        # a single-level policy has no expert, so what is set for one is a mistake
+        ("--gopo.policy single_level --gopo.sharing shared", r"--gopo\.sharing shared: .* has no expert; drop it"),
+        ("--gopo.policy single_level --gopo.schedule alternate", r"--gopo\.schedule alternate: .* has no expert"),
+        ("--gopo.policy single_level --gopo.expert_reward esndcg=1", r"--gopo\.expert_reward esndcg=1: .* no expert"),
+        ("--gopo.policy single_level --gopo.pref.beta 2", r"--gopo\.pref\.beta 2\.0: .* has no expert; drop it"),
+        ("--gopo.policy single_level --expert.adam.lr 1e-3", r"--expert\.adam\.lr 0\.001: .* has no expert; drop it"),
         (
             "--gopo.sharing shared --expert.adam.lr 1e-3",
             r"--expert\.adam\.lr 0\.001: contradicts --gopo\.sharing shared, .*\(--actor\.adam\.lr 1e-06\); drop it",

@@ -17,7 +17,7 @@ platform.activate()
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
-from openrlhf.models import Actor
+from openrlhf.models import Actor  # noqa: E402
 from openrlhf.trainer.ppo_utils.experience import Experience  # noqa: E402
 from openrlhf.utils import get_strategy, utils  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402

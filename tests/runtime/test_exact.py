@@ -1,11 +1,7 @@
 """The exact trust region: upstream's own loop follows the gradient of the written loss at every optimizer step."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from openrlhf.models import PolicyLoss
-from openrlhf.trainer.ppo_utils import NaiveReplayBuffer
 from openrlhf.trainer.ppo_utils.experience import Experience
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,39 +19,6 @@ from openrlhf_gopo.runtime.models import RoleActor
 
 RETURNS = [[0.1, 0.9, 0.4], [0.3, 0.3, 0.8], [0.5, 0.5, 0.5], [0.2, 0.7, 0.6]]  # 4 goals, 3 dialogues each
 LABELS = [3, 4, 5, 6]
-
-
-class Strategy:
-    """What upstream's loop asks of a strategy in one process; gradients go into a list, and a step is plain SGD."""
-
-    ring_attn_group = None
-    accumulated_gradient = 3  # micro-batches of 2: 6 dialogues, two groups, to an optimizer step
-
-    def __init__(self, args, actor):
-        self.args, self.actor, self.gradients, self._calls = args, actor, [], 0
-
-    def is_rank_0(self):
-        return False
-
-    def all_reduce(self, data, op="mean"):
-        return data
-
-    def backward(self, loss, model, optim):
-        (loss / self.accumulated_gradient).backward()  # as DeepSpeed scales it
-        self._calls += 1
-
-    def optimizer_step(self, optim, model, scheduler, name):
-        if self._calls % self.accumulated_gradient:
-            return
-        parameters = list(self.actor.parameters())
-        self.gradients.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
-        with torch.no_grad():
-            for p in parameters:
-                p -= 0.5 * p.grad
-                p.grad = None
-
-    def get_grad_norm(self, model):
-        return 1.0
 
 
 def sample(goal: int, k: int) -> Experience:
@@ -107,7 +70,7 @@ def written_loss(actor, items, pref, reference):
 
 @pytest.mark.parametrize("pairing", ["all", "best_worst", "adjacent", "listwise"])
 @pytest.mark.parametrize("weights", ["mean", "sum"])
-def test_every_optimizer_step_has_the_gradient_of_the_written_loss(pairing, weights):
+def test_every_optimizer_step_has_the_gradient_of_the_written_loss(one_process, pairing, weights):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,
@@ -121,20 +84,8 @@ def test_every_optimizer_step_has_the_gradient_of_the_written_loss(pairing, weig
     actor = RoleActor(LlamaForCausalLM(config).double(), temperature=1.0)
     actor.packing_samples = False
     pref = PreferenceConfig(pairing=pairing, weights=weights, trust_region="exact", beta=2.0)
-    args = SimpleNamespace(
-        preference=pref,
-        train=SimpleNamespace(max_epochs=2, dynamic_batch_enable=False, enable_ema=False),
-        ds=SimpleNamespace(packing_samples=False, tensor_parallel_size=1),
-        actor=SimpleNamespace(entropy_coef=None, aux_loss_coef=0),
-        algo=SimpleNamespace(kl=SimpleNamespace(use_loss=False, init_coef=0)),
-    )
-    trainer = object.__new__(ExactPreferenceTrainer)  # upstream's constructor opens the weight-sync group
-    trainer.strategy, trainer.args, trainer.actor = Strategy(args, actor), args, actor
-    trainer.actor_loss_fn = PolicyLoss()
-    trainer.actor_optim = trainer.ema_model = None
-    trainer.actor_scheduler = SimpleNamespace(get_last_lr=lambda: [0.5])
-    trainer.aux_loss, trainer.max_epochs, trainer.dataloader_pin_memory = False, 2, False
-    trainer.replay_buffer = NaiveReplayBuffer(2, 0, True)
+    # Micro-batches of 2, three of them, are 6 dialogues: two groups to an optimizer step.
+    trainer = one_process(ExactPreferenceTrainer, actor, preference=pref, accumulated_gradient=3, epochs=2)
     items = [sample(goal, k) for goal in range(len(RETURNS)) for k in range(3)]
     trainer.replay_buffer.items = items
     with torch.no_grad():

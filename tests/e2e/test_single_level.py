@@ -1,0 +1,76 @@
+"""``--gopo.policy single_level`` through the command line: one model decides and writes, and learns as in PPO."""
+
+import json
+
+import pytest
+import torch
+
+from openrlhf_gopo import platform
+
+platform.activate()  # before transformers' models
+
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from openrlhf_gopo.evaluation.records import read_trajectories  # noqa: E402
+
+NOISE = 0.02  # bfloat16 of the trainer against bfloat16 of the engine
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, train, tiny_model):
+    out = tmp_path_factory.mktemp("single_level")
+    train(
+        tiny_model,
+        out,
+        *("--gopo.env", "shop", "--gopo.policy", "single_level", "--gopo.responder_reward", "tse=1,esndcg=1"),
+        *("--algo.advantage.estimator", "gae", "--critic.adam.lr", 1e-3, "--gopo.expert_reward", "tse=1"),
+    )
+    return out
+
+
+def error(folder, dialogues) -> float:
+    """Mean |recorded - recomputed| log-probability of the actions, of decisions over their allowed labels."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    errors = []
+    for dialogue in dialogues:
+        (stream,) = dialogue.streams.values()
+        with torch.no_grad():
+            logits = model(torch.tensor([stream.tokens])).logits[0].float()
+        for (start, end), allowed in zip(stream.spans, stream.allowed, strict=True):
+            for place in range(start, end):
+                scores = logits[place - 1].log_softmax(-1)
+                if allowed:
+                    scores = scores - scores[allowed].logsumexp(-1)
+                errors.append(abs(float(scores[stream.tokens[place]]) - stream.logprobs[place]))
+    return sum(errors) / len(errors)
+
+
+def test_the_engine_samples_labels_and_words_from_the_synced_weights(trained, tiny_model):
+    both = read_trajectories(trained / "results" / "trajectories.jsonl")
+    last = read_trajectories(trained / "results" / "eval" / "step_00002.jsonl")
+    versions = [tiny_model, trained / "ckpt" / "responder" / "global_step1_hf", trained / "responder"]
+    for sampled_at, dialogues in enumerate((both[:16], both[16:], last)):
+        errors = [error(folder, dialogues) for folder in versions]
+        assert errors[sampled_at] < NOISE, (sampled_at, errors)
+        for other in {0, 1, 2} - {sampled_at}:
+            assert errors[other] > 3 * errors[sampled_at], (sampled_at, errors)
+
+
+def test_a_dialogue_has_one_stream_of_decisions_and_replies(trained):
+    for dialogue in read_trajectories(trained / "results" / "trajectories.jsonl"):
+        assert list(dialogue.streams) == ["responder"]
+        stream = dialogue.streams["responder"]
+        actions = [what for turn in dialogue.turns for what in ([] if turn.forced else [True]) + [False]]
+        assert [bool(allowed) for allowed in stream.allowed] == actions
+        assert all(turn.strategy in turn.allowed for turn in dialogue.turns)
+
+
+def test_the_critic_learns_and_there_is_no_expert(trained):
+    steps = [json.loads(line) for line in (trained / "results" / "metrics.jsonl").read_text().splitlines()]
+    updates = [step for step in steps if "responder/policy_loss" in step]
+    assert len(updates) == 2
+    assert all(step["responder/critic_grad_norm"] > 0 for step in updates)
+    assert all(step["responder/sampler_mismatch"] < 0.05 for step in updates)
+    assert not [key for step in steps for key in step if key.startswith("expert/")]
+    assert not (trained / "expert").exists()
+    assert (trained / "results" / "learning_curves.png").stat().st_size > 0
