@@ -82,6 +82,12 @@ class GopoConfig:
     reply_max_tokens: int = flag(64, "token cap of one reply")
     labels: str = flag(None, "comma-separated single-token strategy labels; default: A-Z, a-z, 0-9, AA-ZZ", kind=str)
     names_only: bool = flag(False, "show the expert the strategies' names without their descriptions: shorter streams")
+    expert_mode: str = flag(
+        "label",
+        "what the expert decodes at a turn: the strategy's label, or a plan in its own words first",
+        choices=("label", "plan"),
+    )
+    expert_plan_tokens: int = flag(48, "token cap of one plan with --gopo.expert_mode plan")
     expert_reward: str = flag("tse=1", "expert's return: weighted sum of trajectory metrics, e.g. tse=1,esndcg=0.5")
     responder_reward: str = flag("tse=0.5,gre=1", "responder's return, same form")
     expert_pg_coef: float = flag(0.0, "weight of the turn-level term in the expert's advantages")
@@ -120,7 +126,8 @@ class GopoConfig:
         _require(
             bool(self.env), "--gopo.env", self.env, "name an environment: shop, star, or path/to/file.py:ClassName"
         )
-        for name in ("max_turns", "reply_max_tokens", "attempts", "eval_goals", "expert_num_engines", "schedule_steps"):
+        counts = ("max_turns", "reply_max_tokens", "attempts", "eval_goals", "expert_num_engines", "schedule_steps")
+        for name in (*counts, "expert_plan_tokens"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--gopo.{name}", value, "give 1 or more")
         _require(self.expert_pg_coef >= 0, "--gopo.expert_pg_coef", self.expert_pg_coef, "give 0 or more")

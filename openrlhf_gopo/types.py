@@ -88,7 +88,8 @@ class Turn:
 
     ``relevance`` grades each allowed strategy 0..3 before the choice; ``briefing`` is what the responder was told;
     ``expected`` are the strings a faithful reply contains. ``expert_logprob`` is the sampler's log pi_E(z_t), 0 when
-    forced (one allowed strategy). ``reply_cut`` is True when the reply hit its token cap.
+    forced (one allowed strategy). ``reply_cut`` is True when the reply hit its token cap. ``plan`` is what the expert
+    wrote before it chose, if it plans.
     """
 
     user: str
@@ -105,6 +106,7 @@ class Turn:
     expert_logprob: float = 0.0
     forced: bool = False
     reply_cut: bool = False
+    plan: str = ""
 
 
 @dataclass

@@ -14,6 +14,15 @@ def pad_allowed(allowed: list[list[int]], width: int | None = None) -> torch.Ten
     return torch.tensor(rows, dtype=torch.long).reshape(len(rows), width)
 
 
+def turn_of_actions(allowed: torch.Tensor) -> torch.Tensor:
+    """Which decision each action belongs to: (N, L) -> (N,) LongTensor, counting from 0.
+
+    Words (rows of ``PAD``) are the plan of the decision that follows them.
+    """
+    decision = (allowed != PAD).any(dim=-1).long()
+    return decision.cumsum(0) - decision
+
+
 def masked_categorical_logprobs(
     logits: torch.Tensor, allowed: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,6 +31,14 @@ def turn_weights(num_turns: int, *, mode: str, discount: float = 0.95) -> torch.
     raise ValueError(f"turn_weights: unknown mode {mode!r}")
 
 
+def action_weights(turns: torch.Tensor, *, mode: str, discount: float = 0.95) -> torch.Tensor:
+    """w_t of each action of one trajectory, (N,) float64; ``turns`` (N,) is its decision (``turn_of_actions``).
+
+    The words of a plan weigh what the label after them weighs: together they are the action of their turn.
+    """
+    return turn_weights(int(turns[-1]) + 1 if len(turns) else 0, mode=mode, discount=discount)[turns]
+
+
 def trajectory_log_ratio(
     logprobs: torch.Tensor, ref_logprobs: torch.Tensor, trajectory: torch.Tensor, weights: torch.Tensor, count: int
 ) -> torch.Tensor:

@@ -170,6 +170,7 @@ _TURN: dict[str, Check] = {
     "completed": _texts,
     "engagement": _number,
     "on_task": _flag,
+    "plan": _text,
     "expert_logprob": _number,
     "forced": _flag,
     "reply_cut": _flag,

@@ -6,14 +6,24 @@ from collections.abc import Iterable
 
 from openrlhf_gopo.types import Strategy
 
+LABEL_QUESTION = "Label?"  # what an expert that plans first is asked after its plan
+
 
 def expert_system(
-    labels: Iterable[str], catalogue: Iterable[Strategy], context: str, *, names_only: bool = False
+    labels: Iterable[str],
+    catalogue: Iterable[Strategy],
+    context: str,
+    *,
+    names_only: bool = False,
+    plan: bool = False,
 ) -> str:
     """The expert's instructions: the labelled catalogue (its names, or with descriptions), then what is known."""
+    order = "Pick the strategy of the agent's next turn. Answer with its label."
+    if plan:
+        order = f"Plan the agent's next turn in a few words. At {LABEL_QUESTION} answer with the label of its strategy."
     text = [s.name if names_only else f"{s.name}. {s.description}" for s in catalogue]
     entries = [f"{label}: {entry}" for label, entry in zip(labels, text, strict=True)]
-    return "\n".join(["Pick the strategy of the agent's next turn. Answer with its label.", *entries, context])
+    return "\n".join([order, *entries, context])
 
 
 def expert_turn(previous_reply: str | None, user: str) -> str:

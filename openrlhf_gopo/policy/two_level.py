@@ -59,6 +59,7 @@ class TwoLevelPolicy:
         expert_tokenizer, responder_tokenizer: Hugging Face tokenizers with a chat template.
         catalogue_size: the largest catalogue of the environment.
         labels: ``--gopo.labels`` or None. names_only: ``--gopo.names_only``.
+        plan_tokens: the cap of the words that the expert writes before each label; 0: none.
     """
 
     roles: tuple[str, ...] = (EXPERT, RESPONDER)  # whose streams a trajectory has
@@ -70,15 +71,17 @@ class TwoLevelPolicy:
         catalogue_size: int,
         labels: str | None = None,
         names_only: bool = False,
+        plan_tokens: int = 0,
     ) -> None:
-        self.names_only = names_only
+        self.names_only, self.plan_tokens = names_only, plan_tokens
         self.expert = ChatTemplate(expert_tokenizer)
         self.responder = self.expert if responder_tokenizer is expert_tokenizer else ChatTemplate(responder_tokenizer)
         self.labels = choose_labels(expert_tokenizer, catalogue_size, labels)
 
     def streams(self, goal: Goal, catalogue: Sequence[Strategy]) -> tuple[StreamBuilder, StreamBuilder]:
         """Fresh (expert, responder) streams for one dialogue."""
-        system = prompts.expert_system(self._labels(catalogue), catalogue, goal.context, names_only=self.names_only)
+        labels, plan = self._labels(catalogue), self.plan_tokens > 0
+        system = prompts.expert_system(labels, catalogue, goal.context, names_only=self.names_only, plan=plan)
         return (
             StreamBuilder(self.expert, system),
             StreamBuilder(self.responder, prompts.responder_system(goal.context)),
@@ -87,6 +90,11 @@ class TwoLevelPolicy:
     def decision_text(self, previous_reply: str | None, user: str) -> str:
         """The message that asks for a strategy."""
         return prompts.expert_turn(previous_reply, user)
+
+    def room_to_plan(self) -> int:
+        """Tokens that a plan and the question after it can take, a stop token between them included."""
+        cap = self.plan_tokens
+        return cap + 1 + len(self.expert.next(prompts.LABEL_QUESTION)) if cap else 0
 
     def reply_text(self, user: str, strategy: Strategy, briefing: str) -> str:
         """The message that asks for the reply under ``strategy``."""

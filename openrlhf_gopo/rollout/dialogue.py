@@ -14,6 +14,7 @@ from typing import TypeVar
 from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.envs.base import Dialogue, Environment
 from openrlhf_gopo.errors import DialogueError, StreamError
+from openrlhf_gopo.policy import prompts
 from openrlhf_gopo.policy.two_level import StreamBuilder, TwoLevelPolicy
 from openrlhf_gopo.rewards.joint import score
 from openrlhf_gopo.rollout.engine import Generate, Sampling
@@ -91,7 +92,7 @@ class _Run:
         reply: str | None = None
         for _ in range(self.limits.max_turns):
             asked = self.expert.message(self.policy.decision_text(reply, observation.user))
-            if self._full(self.expert, asked, 1):
+            if self._full(self.expert, asked, 1 + self.policy.room_to_plan()):
                 self.trajectory.stop = StopReason.MAX_TOKENS
                 return
             turn = Turn(user=observation.user, allowed=observation.allowed, strategy="", reply="")
@@ -150,6 +151,13 @@ class _Run:
             turn.strategy, turn.forced = turn.allowed[0], True
             self.expert.force(ids[0])
             return
+        if self.policy.plan_tokens:
+            stop = self.expert.template.stop_token
+            sampling = Sampling(self.policy.plan_tokens, self.limits.expert_temperature, stop_token=stop)
+            plan = await self.generate[EXPERT](self.expert.stream.tokens, sampling)
+            self.expert.act(plan.tokens, plan.logprobs)
+            turn.plan = self.expert.template.decode(plan.tokens)
+            self.expert.ask(self.expert.message(prompts.LABEL_QUESTION))
         sampling = Sampling(max_tokens=1, temperature=self.limits.expert_temperature, allowed=tuple(ids))
         chosen = await self.generate[EXPERT](self.expert.stream.tokens, sampling)
         self.expert.act(chosen.tokens, chosen.logprobs, ids)

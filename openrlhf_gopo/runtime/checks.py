@@ -69,7 +69,7 @@ def _check_budget(args, config, env, policy, goal) -> None:
     expert, responder = policy.streams(goal, catalogue)
     expert.ask(expert.message(policy.decision_text(None, opening.user)))
     expert.force(next(iter(policy.labels.values())))
-    needs = {"expert": len(expert.stream.tokens)}
+    needs = {"expert": len(expert.stream.tokens) + policy.room_to_plan()}
     orders = (responder.message(policy.reply_text(opening.user, strategy, "")) for strategy in catalogue)
     needs["responder"] = len(responder.stream.tokens) + max(map(len, orders)) + config.reply_max_tokens
     for role, tokens in needs.items():

@@ -3,7 +3,7 @@
 Upstream reads its replay buffer through a shuffled ``DataLoader``, sample by sample (ppo_actor.py:153 of 0.11.2).
 Here the loader hands out whole groups instead, and before each optimizer step it brings that step's samples up to
 date: log pi becomes the current one, so upstream's ratio is 1 and never clipped, and the advantages become N c_i w_t
-with N the decisions of the step over all ranks, so that upstream's token mean has the gradient of L.
+with N the actions of the step over all ranks, so that upstream's token mean has the gradient of L.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from openrlhf.trainer.ppo_utils.experience import Experience, make_experience_ba
 from openrlhf.trainer.ray import ppo_actor
 
 from openrlhf_gopo.config import PreferenceConfig
-from openrlhf_gopo.core.preference import preference_coefficients, turn_weights
+from openrlhf_gopo.core.categorical import turn_of_actions
+from openrlhf_gopo.core.preference import action_weights, preference_coefficients
 from openrlhf_gopo.runtime.models import RolePPOTrainer, substituted
 
 
@@ -52,7 +53,8 @@ class ExactPreferenceTrainer(RolePPOTrainer):
             self._forward(items)
         self._updated = True
         masks = [item.action_mask.bool() for item in items]
-        weights = [turn_weights(int(mask.sum()), mode=pref.weights, discount=pref.discount) for mask in masks]
+        turns = [turn_of_actions(item.mm_train_inputs[0]["allowed"]) for item in items]
+        weights = [action_weights(turn, mode=pref.weights, discount=pref.discount) for turn in turns]
         log_ratios = torch.stack(
             [
                 (w * (item.action_log_probs - self._fixed[id(item)][0])[mask].double()).sum()
@@ -60,10 +62,10 @@ class ExactPreferenceTrainer(RolePPOTrainer):
             ]
         )
         coefficients = self._coefficients(items, log_ratios)
-        decisions = self.strategy.all_reduce(float(sum(mask.sum() for mask in masks)), op="sum")
+        actions = self.strategy.all_reduce(float(sum(mask.sum() for mask in masks)), op="sum")
         for item, mask, c, w in zip(items, masks, coefficients, weights, strict=True):
             item.advantages = self._fixed[id(item)][1].clone()
-            item.advantages[mask] += (pref.coef * decisions * c * w).float()
+            item.advantages[mask] += (pref.coef * actions * c * w).float()
 
     def _coefficients(self, items: list[Experience], log_ratios: torch.Tensor) -> torch.Tensor:
         """c_i of L as a mean over the comparisons of all ranks, (M,) float64."""

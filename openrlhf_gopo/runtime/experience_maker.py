@@ -14,7 +14,8 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
 from openrlhf_gopo.config import EXPERT, GopoConfig
-from openrlhf_gopo.core.preference import decision_advantages, preference_coefficients, turn_weights
+from openrlhf_gopo.core.categorical import turn_of_actions
+from openrlhf_gopo.core.preference import action_weights, decision_advantages, preference_coefficients
 from openrlhf_gopo.core.turn_level import gae, group_baseline, returns_to_go, unit_scale
 from openrlhf_gopo.runtime.samples import DialogueSample, to_experience
 
@@ -23,13 +24,15 @@ from openrlhf_gopo.runtime.samples import DialogueSample, to_experience
 class Batch:
     """The actions of a rollout in upstream's order of experiences, dialogue after dialogue.
 
-    ``masks``: per dialogue (A,), True at its actions. ``counts``: actions of each. ``groups``: LongTensors, the indices
-    of dialogues of one goal; quarantined ones are in none.
+    ``masks``: per dialogue (A,), True at its actions. ``counts``: actions (tokens) of each. ``turns``: per dialogue
+    (count,), the decision that each action belongs to. ``groups``: LongTensors, the indices of dialogues of one goal;
+    quarantined ones are in none.
     """
 
     samples: list[DialogueSample]
     masks: list[torch.Tensor]
     counts: list[int]
+    turns: list[torch.Tensor]
     groups: list[torch.Tensor]
 
     def gather(self, rows: list[torch.Tensor]) -> torch.Tensor:
@@ -85,7 +88,8 @@ class GOPOExperienceMaker(RemoteExperienceMaker):
         goals = torch.tensor([i // size for i in order])
         quarantined = torch.tensor([self._samples[i].quarantined for i in order])
         groups = [((goals == goal) & ~quarantined).nonzero().flatten() for goal in goals.unique()]
-        return Batch([self._samples[i] for i in order], masks, [int(mask.sum()) for mask in masks], groups)
+        turns = [turn_of_actions(given["allowed"]) for e in experiences for given in e.mm_train_inputs]
+        return Batch([self._samples[i] for i in order], masks, [int(mask.sum()) for mask in masks], turns, groups)
 
     def _attach(self, experiences: list[Experience], batch: Batch, values: torch.Tensor, returns: torch.Tensor) -> None:
         """Scatter advantages, less the KL penalty to go where there is one, and critic targets; (N,) actions each."""
@@ -174,7 +178,7 @@ class ExpertExperienceMaker(GOPOExperienceMaker):
     def _preference_term(self, experiences: list[Experience], batch: Batch) -> torch.Tensor:
         """The trust-region form of the preference loss: c_i at the sampler's parameters, spread by w_t, (N,)."""
         pref = self.config.pref
-        weights = torch.cat([turn_weights(n, mode=pref.weights, discount=pref.discount) for n in batch.counts])
+        weights = torch.cat([action_weights(t, mode=pref.weights, discount=pref.discount) for t in batch.turns])
         owner = torch.repeat_interleave(torch.arange(len(batch.counts)), torch.tensor(batch.counts))
         ratios = weights * self._log_ratios(experiences, batch)
         log_ratios = torch.zeros(len(batch.counts), dtype=torch.float64).index_add(0, owner, ratios)
@@ -184,15 +188,24 @@ class ExpertExperienceMaker(GOPOExperienceMaker):
         return decision_advantages(coefficients, owner, weights)
 
     def _turn_term(self, experiences: list[Experience], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn-level advantages of the decisions and the critic's targets, (N,) each."""
-        earned = torch.tensor([r for sample in batch.samples for r in sample.earned[EXPERT]], dtype=torch.float64)
+        """Turn-level advantages of the decisions and the critic's targets, (N,) each.
+
+        The value of a decision is that of its first action: the label, or the first word of the plan before it.
+        """
+        rewards = [_of_labels(sample) for sample in batch.samples]
+        earned = torch.tensor([r for of_one in rewards for r in of_one], dtype=torch.float64)
+        counts = [len(of_one) for of_one in rewards]
+        starts = torch.tensor([0, *counts]).cumsum(0)
+        decision = torch.cat([start + turn for start, turn in zip(starts, batch.turns, strict=False)])
         options = self.args.algo.advantage
         if self.config.expert_pg == "gae":
-            values = batch.gather([row for e in experiences for row in e.values])
-            advantages = gae(earned, values, batch.counts, gamma=options.gamma, lambd=options.lambd)
-            return advantages - advantages.mean(), advantages + values
-        togo = returns_to_go(earned, batch.counts, options.gamma)
-        return group_baseline(togo, batch.counts, batch.groups, estimator="reinforce_baseline"), togo
+            first = torch.searchsorted(decision, torch.arange(len(earned)))
+            values = batch.gather([row for e in experiences for row in e.values])[first]
+            advantages = gae(earned, values, counts, gamma=options.gamma, lambd=options.lambd)
+            return (advantages - advantages.mean())[decision], (advantages + values)[decision]
+        togo = returns_to_go(earned, counts, options.gamma)
+        baselined = group_baseline(togo, counts, batch.groups, estimator="reinforce_baseline")
+        return baselined[decision], togo[decision]
 
     def _log_ratios(self, experiences: list[Experience], batch: Batch) -> torch.Tensor:
         """log pi - log pi_ref of every decision of the batch, (N,): zero when the sampler is the reference."""
@@ -210,6 +223,14 @@ class ExpertExperienceMaker(GOPOExperienceMaker):
 
 def _spans(sample: DialogueSample, role: str) -> list[tuple[int, int]]:
     return [] if sample.quarantined else sample.trajectory.streams[role].spans
+
+
+def _of_labels(sample: DialogueSample) -> list[float]:
+    """What each of the expert's decisions earned."""
+    if sample.quarantined:
+        return []
+    allowed = sample.trajectory.streams[EXPERT].allowed
+    return [reward for reward, labels in zip(sample.earned[EXPERT], allowed, strict=True) if labels]
 
 
 def _whiten(advantages: torch.Tensor, args: Any) -> torch.Tensor:

@@ -27,6 +27,7 @@ class PolicySpec:
     labels: str | None
     names_only: bool
     single_level: bool = False
+    plan_tokens: int = 0
     use_fast: bool = True
 
 
@@ -64,6 +65,7 @@ def policy_spec(args: SimpleNamespace, config: GopoConfig) -> PolicySpec:
         config.labels,
         config.names_only,
         config.policy == "single_level",
+        config.expert_plan_tokens if config.expert_mode == "plan" else 0,
         not args.data.disable_fast_tokenizer,
     )
 
@@ -90,4 +92,4 @@ def build_policy(spec: PolicySpec) -> tuple[Environment, TwoLevelPolicy]:
     same = spec.expert_path == spec.responder_path
     expert = responder if same else load("--expert.model_name_or_path", spec.expert_path)
     policy = SingleLevelPolicy if spec.single_level else TwoLevelPolicy
-    return env, policy(expert, responder, env.catalogue_size(), spec.labels, spec.names_only)
+    return env, policy(expert, responder, env.catalogue_size(), spec.labels, spec.names_only, spec.plan_tokens)

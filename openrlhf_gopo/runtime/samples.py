@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 
-from openrlhf_gopo.config import EXPERT, RESPONDER
+from openrlhf_gopo.config import EXPERT
 from openrlhf_gopo.core.categorical import pad_allowed
 from openrlhf_gopo.rewards.joint import joint
 from openrlhf_gopo.rewards.turns import decision_rewards, turn_rewards
@@ -46,8 +46,9 @@ class DialogueSample:
         for role, of_role in weights.items():
             rewards = iter((decision_rewards if role == EXPERT else turn_rewards)(trajectory, of_role))
             allowed = trajectory.streams[role].allowed
-            # One model that decides too earns with its replies. A decision without a turn, for want of room, earns 0.
-            earned[role] = [0.0 if role == RESPONDER and labels else next(rewards, 0.0) for labels in allowed]
+            # The expert earns with its labels, not its plans, and one model that does both with its replies. A decision
+            # without a turn, for want of room, earns nothing.
+            earned[role] = [next(rewards, 0.0) if bool(labels) == (role == EXPERT) else 0.0 for labels in allowed]
         return cls(trajectory, {role: joint(trajectory.rewards, w) for role, w in weights.items()}, earned)
 
 

@@ -31,8 +31,10 @@ OBJECTIVES = {
     "star": [
         *("--gopo.pref.trust_region", "exact", "--train.batch_size", 8),  # two optimizer steps per rollout
         *("--gopo.expert_pg_coef", 0.5, "--gopo.expert_pg", "gae", "--gopo.credit", "turn"),
+        *("--gopo.expert_mode", "plan", "--gopo.expert_plan_tokens", 6),
     ],
 }
+PLAN_TOKENS = {"shop": 0, "star": 6}
 
 
 @pytest.fixture(scope="module", params=["shop", "star"])
@@ -59,7 +61,7 @@ def weights(trained, role: str) -> list[Path]:
 
 
 def logprob_error(folder: Path, role: str, dialogues) -> float:
-    """Mean |recorded - recomputed| log-probability of the actions; the expert's over its allowed labels only."""
+    """Mean |recorded - recomputed| log-probability of the actions; of decisions over the allowed labels only."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     errors = []
     for dialogue in dialogues:
@@ -69,7 +71,7 @@ def logprob_error(folder: Path, role: str, dialogues) -> float:
         for i, (start, end) in enumerate(stream.spans):
             for place in range(start, end):
                 row = logits[place - 1]
-                if role == "expert":
+                if stream.allowed[i]:
                     row = torch.full_like(row, -torch.inf).index_copy(
                         0, torch.tensor(stream.allowed[i]), row[stream.allowed[i]]
                     )
@@ -109,7 +111,7 @@ def test_every_choice_was_allowed_and_every_other_token_is_the_templates(trained
     name, data, model, _, _ = trained
     env = load_environment(name, data)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    policy = TwoLevelPolicy(tokenizer, tokenizer, env.catalogue_size())
+    policy = TwoLevelPolicy(tokenizer, tokenizer, env.catalogue_size(), plan_tokens=PLAN_TOKENS[name])
     goals = {goal.id: goal for split in ("train", "heldout") for goal in env.goals(split)}
     for dialogue in (d for rollout in rollouts for d in rollout):
         catalogue = env.catalogue(goals[dialogue.goal.id])
@@ -124,6 +126,12 @@ def test_every_choice_was_allowed_and_every_other_token_is_the_templates(trained
                 assert turn.allowed == (turn.strategy,)
                 expert.force(labels[turn.strategy])
             else:
+                if policy.plan_tokens:
+                    plan = next(choices)
+                    assert 1 <= len(plan) <= policy.plan_tokens
+                    assert turn.plan == policy.expert.decode(plan)
+                    expert.act(plan, [0.0] * len(plan))
+                    expert.ask(expert.message(prompts.LABEL_QUESTION))
                 assert next(choices) == [labels[turn.strategy]]
                 expert.act([labels[turn.strategy]], [0.0], [labels[s] for s in turn.allowed])
             strategy = next(s for s in catalogue if s.id == turn.strategy)

@@ -13,7 +13,7 @@ from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.envs.base import Dialogue, Environment
 from openrlhf_gopo.errors import SopError
 from openrlhf_gopo.policy import prompts
-from openrlhf_gopo.policy.two_level import TwoLevelPolicy
+from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
 from openrlhf_gopo.rollout import dialogue as module
 from openrlhf_gopo.rollout.dialogue import Limits, run_dialogue
 from openrlhf_gopo.rollout.engine import Generation
@@ -33,7 +33,12 @@ SCRIPT = [(ALL, ()), (("pay",), ("number",)), (("ask", "bye"), ()), (ALL, ("refu
 
 
 @pytest.fixture(scope="module")
-def policy():
+def policy(tokenizer):
+    return TwoLevelPolicy(tokenizer, tokenizer, 3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
     """ChatML over single bytes: a character is a token, so streams can be read."""
     from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
 
@@ -45,8 +50,7 @@ def policy():
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<|im_start|>", "<|im_end|>")])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", chat_template=CHATML)
-    return TwoLevelPolicy(tokenizer, tokenizer, 3)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", chat_template=CHATML)
 
 
 class ScriptedDialogue(Dialogue):
@@ -131,7 +135,7 @@ class Engine:
         await asyncio.sleep(0)
         self.calls.append((role, list(tokens), sampling))
         number = len(self.calls)
-        if role == EXPERT:
+        if sampling.allowed is not None:
             return Generation([self.choose(sampling.allowed)], [-float(number)])
         ids = self.policy.responder.tokenizer.encode(self.reply or f"re:{number}", add_special_tokens=False)
         sampled = [*ids, sampling.stop_token][: sampling.max_tokens]
@@ -239,6 +243,62 @@ def test_logprobs_stand_beside_their_tokens(policy):
     assert responder.logprobs[c:d] == [-3 - i / 64 for i in range(5)]
     assert len(responder.logprobs) == len(responder.tokens)
     assert sum(p != 0 for p in responder.logprobs) == 10
+
+
+# ------------------------------------------------------------------------------------------------ further policies
+
+
+def test_one_model_decides_and_writes_in_one_stream(tokenizer):
+    policy = SingleLevelPolicy(tokenizer, tokenizer, 3)
+    engine = Engine(policy)
+    trajectory = play(ScriptedEnvironment(script=SCRIPT[:2]), policy, engine)
+    (stream,) = trajectory.streams.values()
+    system = prompts.single_system("ABC", [ASK, PAY, BYE], GOAL.context)
+    assert text(policy, stream.tokens) == (
+        f"<|im_start|>system\n{system}<|im_end|>\n"
+        "<|im_start|>user\nCustomer: user 0<|im_end|>\n<|im_start|>assistant\nC<|im_end|>\n"
+        "<|im_start|>user\n[Bye] facts of bye at 0<|im_end|>\n<|im_start|>assistant\nre:2<|im_end|>\n"
+        "<|im_start|>user\nCustomer: user 1<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n"  # forced: no action
+        "<|im_start|>user\n[Pay] facts of pay at 1<|im_end|>\n<|im_start|>assistant\nre:3<|im_end|>"
+    )
+    assert [text(policy, stream.tokens[a:b]) for a, b in stream.spans] == ["C", "re:2<|im_end|>", "re:3<|im_end|>"]
+    assert stream.allowed == [[policy.labels[label] for label in "ABC"], [], []]
+    assert [tokens for _, tokens, _ in engine.calls] == [stream.tokens[:start] for start, _ in stream.spans]
+    assert list(trajectory.streams) == [RESPONDER]
+
+
+def test_an_expert_may_plan_before_it_chooses(tokenizer):
+    policy = TwoLevelPolicy(tokenizer, tokenizer, 3, plan_tokens=4)
+    engine = Engine(policy, reply="think")
+    limits = replace(LIMITS, expert_temperature=0.7)
+    trajectory = play(ScriptedEnvironment(script=SCRIPT[:3]), policy, engine, limits)
+    stream = trajectory.streams[EXPERT]
+    system = prompts.expert_system("ABC", [ASK, PAY, BYE], GOAL.context, plan=True)
+    assert text(policy, stream.tokens) == (
+        f"<|im_start|>system\n{system}<|im_end|>\n"
+        "<|im_start|>user\nCustomer: user 0<|im_end|>\n<|im_start|>assistant\nthin<|im_end|>\n"
+        "<|im_start|>user\nLabel?<|im_end|>\n<|im_start|>assistant\nC<|im_end|>\n"
+        "<|im_start|>user\nAgent: think\nCustomer: user 1<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n"  # forced
+        "<|im_start|>user\nAgent: think\nCustomer: user 2<|im_end|>\n<|im_start|>assistant\nthin<|im_end|>\n"
+        "<|im_start|>user\nLabel?<|im_end|>\n<|im_start|>assistant\nC"
+    )
+    assert [len(allowed) for allowed in stream.allowed] == [0, 3, 0, 2]
+    assert [turn.plan for turn in trajectory.turns] == ["thin", "", "thin"]
+    asked = [sampling for role, _, sampling in engine.calls if role == EXPERT and sampling.allowed is None]
+    assert {(s.max_tokens, s.temperature, s.top_p, s.stop_token) for s in asked} == {
+        (4, 0.7, 1.0, policy.expert.stop_token)
+    }
+
+
+def test_no_room_for_a_plan_and_its_label(tokenizer):
+    """What a plan can take is set aside before it is written: its cap, a stop token, the question, the label."""
+    policy = TwoLevelPolicy(tokenizer, tokenizer, 3, plan_tokens=5)
+    engine = Engine(policy, reply="think")  # at the cap, so the template has to end the message
+    whole = play(ScriptedEnvironment(), policy, engine, replace(LIMITS, max_turns=1)).streams[EXPERT].tokens
+    fits = play(ScriptedEnvironment(), policy, engine, replace(LIMITS, max_len=len(whole), max_turns=1))
+    assert fits.stop is StopReason.MAX_TURNS
+    short = play(ScriptedEnvironment(), policy, engine, replace(LIMITS, max_len=len(whole) - 1))
+    assert (short.stop, short.turns, short.streams[EXPERT].tokens) == (StopReason.MAX_TOKENS, [], [])
 
 
 # ------------------------------------------------------------------------------------------------------- the limits

@@ -38,7 +38,7 @@ class Strategy:
         self.gradients.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
         with torch.no_grad():
             for p in parameters:
-                p -= 0.5 * p.grad
+                p -= 0.1 * p.grad
                 p.grad = None
 
     def get_grad_norm(self, model):
@@ -64,7 +64,7 @@ def _one_process(cls, actor, *, preference=None, accumulated_gradient=1, epochs=
     trainer.strategy, trainer.args, trainer.actor = Strategy(args, actor, accumulated_gradient), args, actor
     trainer.actor_loss_fn = PolicyLoss()
     trainer.actor_optim = trainer.ema_model = None
-    trainer.actor_scheduler = SimpleNamespace(get_last_lr=lambda: [0.5])
+    trainer.actor_scheduler = SimpleNamespace(get_last_lr=lambda: [0.1])
     trainer.aux_loss, trainer.max_epochs, trainer.dataloader_pin_memory = False, epochs, False
     trainer.replay_buffer = NaiveReplayBuffer(batch_size, 0, True)
     return trainer

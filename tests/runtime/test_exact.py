@@ -21,17 +21,18 @@ RETURNS = [[0.1, 0.9, 0.4], [0.3, 0.3, 0.8], [0.5, 0.5, 0.5], [0.2, 0.7, 0.6]]  
 LABELS = [3, 4, 5, 6]
 
 
-def sample(goal: int, k: int) -> Experience:
-    """A dialogue of 1 to 3 decisions among 2 to 4 labels, as the replay buffer holds it."""
+def sample(goal: int, k: int, plans: int = 0) -> Experience:
+    """A dialogue of 1 to 3 decisions among 2 to 4 labels after plans of ``plans`` words, as the buffer holds it."""
     generator = torch.Generator().manual_seed(10 * goal + k)
     decisions = 1 + (goal + k) % 3
     tokens, mask, allowed = [1], [], []
     for d in range(decisions):
+        plan = min(plans, 2 + k)  # the last words before a label are the expert's own
         tokens += torch.randint(10, 30, (2 + k,), generator=generator).tolist()
         labels = LABELS[: 2 + (d + k) % 3]
         tokens.append(labels[(goal + d) % len(labels)])
-        mask += [0] * (2 + k) + [1]
-        allowed.append(labels)
+        mask += [0] * (2 + k - plan) + [1] * plan + [1]
+        allowed += [*([[]] * plan), labels]
     return Experience(
         sequences=torch.tensor(tokens),
         attention_mask=torch.ones(len(tokens), dtype=torch.long),
@@ -53,7 +54,9 @@ def written_loss(actor, items, pref, reference):
         with actor.choosing(item.mm_train_inputs):
             now = actor(item.sequences[None], item.action_mask[None], item.attention_mask[None])[0]
         mask = item.action_mask.bool()
-        weights = turn_weights(int(mask.sum()), mode=pref.weights)
+        decisions = (item.mm_train_inputs[0]["allowed"] >= 0).any(-1).tolist()
+        by_turn = turn_weights(sum(decisions), mode=pref.weights)
+        weights = torch.stack([by_turn[sum(decisions[:n])] for n in range(len(decisions))])
         owner = torch.zeros(int(mask.sum()), dtype=torch.long)
         ratios.append(trajectory_log_ratio(now[mask].double(), reference[id(item)][mask].double(), owner, weights, 1))
     m, terms = torch.cat(ratios), []
@@ -69,8 +72,8 @@ def written_loss(actor, items, pref, reference):
 
 
 @pytest.mark.parametrize("pairing", ["all", "best_worst", "adjacent", "listwise"])
-@pytest.mark.parametrize("weights", ["mean", "sum"])
-def test_every_optimizer_step_has_the_gradient_of_the_written_loss(one_process, pairing, weights):
+@pytest.mark.parametrize(("weights", "plans"), [("mean", 0), ("sum", 0), ("mean", 2)])
+def test_every_optimizer_step_has_the_gradient_of_the_written_loss(one_process, pairing, weights, plans):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,
@@ -86,7 +89,7 @@ def test_every_optimizer_step_has_the_gradient_of_the_written_loss(one_process, 
     pref = PreferenceConfig(pairing=pairing, weights=weights, trust_region="exact", beta=2.0)
     # Micro-batches of 2, three of them, are 6 dialogues: two groups to an optimizer step.
     trainer = one_process(ExactPreferenceTrainer, actor, preference=pref, accumulated_gradient=3, epochs=2)
-    items = [sample(goal, k) for goal in range(len(RETURNS)) for k in range(3)]
+    items = [sample(goal, k, plans) for goal in range(len(RETURNS)) for k in range(3)]
     trainer.replay_buffer.items = items
     with torch.no_grad():
         for item in items:

@@ -157,6 +157,48 @@ def test_gae_of_decisions_and_the_critics_targets():
     assert targets[1] == pytest.approx([0.2, 0.4])
 
 
+def planned(*completed):
+    """``dialogue`` of an expert that writes two words before each label."""
+    sample = dialogue(*completed)
+    stream = Stream(tokens=[0])
+    for _ in completed:
+        stream.tokens += [1, 5, 6, 1, 9]
+        end = len(stream.tokens)
+        stream.spans += [(end - 4, end - 2), (end - 1, end)]
+        stream.allowed += [[], [9, 10]]
+    stream.logprobs = [0.0] * len(stream.tokens)
+    sample.trajectory.streams[EXPERT] = stream
+    return DialogueSample.of(sample.trajectory, WEIGHTS)
+
+
+def test_a_plan_weighs_what_the_label_after_it_weighs():
+    """dmpo weights of two turns at g = 0.5: 1 and 0.5 (1 - 0.5) / (1 - 0.25) = 1/3, each for all tokens of its turn's
+    action: a plan of two words and its label."""
+    found, _ = advantages(
+        ExpertExperienceMaker,
+        EXPERT,
+        [planned(("find",), ("refund",)), planned((), ("find",))],
+        pref_weights="dmpo",
+        pref_discount=0.5,
+    )
+    scale = ((1 + 1 / 9) / 2) ** 0.5
+    assert found[0] == pytest.approx([1 / scale] * 3 + [1 / 3 / scale] * 3)
+    assert found[1] == pytest.approx([-1 / scale] * 3 + [-1 / 3 / scale] * 3)
+
+
+@pytest.mark.parametrize("critic", [{}, {"values": 0.2, "lambd": 0.0, "expert_pg": "gae"}])
+def test_a_plan_earns_what_the_label_after_it_earns(critic):
+    options = {"pref_coef": 0.0, "expert_pg_coef": 1.0, **critic}
+    plain, made = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], **options)
+    found, again = advantages(
+        ExpertExperienceMaker, EXPERT, [planned(("find",), ("refund",)), planned((), ("find",))], **options
+    )
+    for labels, words, one, other in zip(plain, found, made, again, strict=True):
+        assert words == pytest.approx([value for value in labels for _ in range(3)])
+        targets = one.returns[one.action_mask.bool()].tolist()
+        assert other.returns[other.action_mask.bool()].tolist() == pytest.approx([t for t in targets for _ in range(3)])
+
+
 @pytest.mark.parametrize("options", [{}, {"pref_coef": 0.0, "expert_pg_coef": 1.0}])
 def test_a_quarantined_dialogue_changes_nothing_for_the_others(options):
     without, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], **options)

@@ -85,7 +85,9 @@ function choice(turn) {
 
 function turnView(turn, index) {
   const view = make("div", "turn");
-  view.append(make("div", "number", "Turn " + (index + 1)), says("user", turn.user, "User"), choice(turn));
+  view.append(make("div", "number", "Turn " + (index + 1)), says("user", turn.user, "User"));
+  if (turn.plan) view.append(make("div", "briefing", "Plan: " + turn.plan));
+  view.append(choice(turn));
   if (turn.briefing) view.append(make("div", "briefing", "Briefing: " + turn.briefing));
   view.append(says("reply", turn.reply, turn.reply_cut ? "Reply, cut at its token limit" : "Reply"));
   const facts = [["engagement", number(turn.engagement, 2)]];
