@@ -25,7 +25,7 @@ Delayed effects:
   customer knows, and a coupon is what can be done; to try the refund costs trust.
 
 Each effect follows from what a customer would mind and acts on the mood or the marks; none looks at how choices are
-made, rewarded or learnt. Mistakes can be made good at a price; the best order of steps differs by task and customer.
+made, rewarded or learnt. Most mistakes can be mended at a price; the best order of steps differs by task and customer.
 Chance is drawn per turn from (goal, seed, turn), so equal seeds give equal noise at equal turns. ``relevance`` knows
 the task, its open steps and what the customer wants, but neither the mood nor the stock.
 """

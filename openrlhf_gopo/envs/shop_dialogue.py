@@ -120,8 +120,8 @@ class ShopDialogue(Dialogue):
     def _close(self) -> tuple[str, list[str]]:
         if self._only_close_left():
             self._marks.add(WRAPPED)
-            return "bye", ["bye"]
-        return "cut_off", ["cut_off"]
+            return "bye", []
+        return "cut_off", []
 
     def _apologise(self, step: Step | None) -> tuple[str, list[str]]:
         due = self._user.upset or self._last in _BLOWS

@@ -1,4 +1,4 @@
-"""What the shop's customers and desks say, by language: ``shop_en.yaml``.
+"""What the shop's customers and desks say, by language: ``shop_en.yaml``, ``shop_zh.yaml``.
 
 The rules of the game are the same in every language: goals are drawn as English words, then put into ``words``.
 """
@@ -14,7 +14,7 @@ import yaml
 
 from openrlhf_gopo.types import Strategy
 
-LANGUAGES = ("en",)
+LANGUAGES = ("en", "zh")
 
 
 @dataclass(frozen=True)

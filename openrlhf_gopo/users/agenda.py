@@ -54,7 +54,10 @@ _REFUSAL = (1.0, 1.4)  # P(keep a personal fact back) = 1 - 1.4 trust: never fro
 
 
 class AgendaUser:
-    """One customer in one dialogue. All chance comes from the ``rng`` passed in, so callers own the noise."""
+    """One customer in one dialogue. All chance comes from the ``rng`` passed in, so callers own the noise.
+
+    ``comma`` stands between two things said: a comma as the phrases' language writes it, and a space if it takes one.
+    """
 
     def __init__(
         self,
@@ -107,7 +110,7 @@ class AgendaUser:
         parts = [rng.choice(self._phrases[act]).format_map(slots) for act in acts]
         if self._flavour and rng.random() < flavour:
             parts.append(rng.choice(self._flavour))
-        text = self._comma.join(parts)
-        for end in "?!？！":
+        text = self._comma.join(part.rstrip(self._comma) for part in parts)
+        for end in "?!？！":  # no comma after these
             text = text.replace(end + self._comma[0], end)
         return text
