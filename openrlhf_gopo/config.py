@@ -68,7 +68,7 @@ class GopoConfig:
     """``--gopo.*``: everything that is not an upstream flag."""
 
     env: str = flag(None, "environment: shop, star, an entry point, or path/to/file.py:ClassName", kind=str)
-    data: str = flag(None, "data folder of the environment (star: STAR's upstream layout)", kind=str)
+    data: str = flag(None, "data of the environment (star: folder in STAR's upstream layout; shop: en or zh)", kind=str)
     sharing: str = flag(
         "separate", "two models, or one model in two roles with both losses", choices=("separate", "shared")
     )
