@@ -68,7 +68,7 @@ class GopoConfig:
     """``--gopo.*``: everything that is not an upstream flag."""
 
     env: str = flag(None, "environment: shop, star, an entry point, or path/to/file.py:ClassName", kind=str)
-    data: str = flag(None, "data folder of the environment (star: STAR's upstream layout)", kind=str)
+    data: str = flag(None, "data of the environment (star: folder in STAR's upstream layout; shop: en or zh)", kind=str)
     policy: str = flag(
         "two_level",
         "expert and responder; or single_level: the --actor.* model picks the strategy and writes the reply, and "

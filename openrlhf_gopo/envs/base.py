@@ -64,7 +64,7 @@ class Environment(ABC):
     @classmethod
     @abstractmethod
     def load(cls, data: str | None) -> Environment:
-        """Build from ``--gopo.data`` (a path, or None).
+        """Build from ``--gopo.data``: a path or whatever the environment takes there; None when it is left out.
 
         Raises:
             DataError: the data is missing or malformed; names path, file, line and field.

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 
 from openrlhf_gopo.envs.base import Dialogue
 from openrlhf_gopo.envs.shop_catalogue import FACTS, SOP, STRATEGIES
-from openrlhf_gopo.envs.shop_phrases import FLAVOUR, PHRASES
-from openrlhf_gopo.envs.shop_scripts import SCRIPTS, Script
 from openrlhf_gopo.envs.shop_tasks import NEEDS_IDENTITY, TASKS, WRAPPED, Step
+from openrlhf_gopo.envs.shop_texts import Script, Texts
 from openrlhf_gopo.errors import DialogueError, SopError
 from openrlhf_gopo.rewards.text import mentions
 from openrlhf_gopo.types import Goal, Observation, Outcome, StopReason
@@ -19,21 +18,26 @@ from openrlhf_gopo.users.agenda import AgendaUser
 _DESKS = {desk: SOP.part(desk) for desk in ("presale", "orders", "payment")}
 _PERSONAL = frozenset({"identity", "budget", "address"})  # facts that a customer without trust keeps back
 _SALE_READY = frozenset({"item_found", "compared", "warranty_known"})  # from here on a coupon is welcome
-_BLOWS = frozenset({"confused", "held", "misfit", "pushy", "wrong"})  # what a good apology can make up for
+_TOO_OLD = frozenset({"order_found", "terms_known"})  # who knows both knows that their order is too old to return
+_BAD_NEWS = frozenset({"coupon_checked", "payment_checked"})  # of use, but nothing to be glad about
+_RELUCTANT = frozenset({"expensive", "misfit", "pushy", "unsure"})  # who says so does not ask for more
+_BLOWS = frozenset({"confused", "held", "misfit", "pushy", "sold_out", "wrong"})  # what a good apology can make up for
 _MIN_TRUST_TO_BUY = 0.25
 
 
 class ShopDialogue(Dialogue):
     """One customer at one desk; single use."""
 
-    def __init__(self, goal: Goal, seed: int, max_turns: int) -> None:
+    def __init__(self, goal: Goal, seed: int, max_turns: int, texts: Texts) -> None:
         self.goal = goal
+        self._texts = texts
         self._key = f"{goal.id}/{seed}"
         self._max_turns = max_turns
         self._task = TASKS[goal.intent]
+        self._steps = self._task.steps_for(goal.data)
         self._sop = _DESKS[self._task.desk]
         upset = self._task.upset or goal.persona["type"] == "angry"
-        self._user = AgendaUser(goal.persona, PHRASES, FLAVOUR, upset=upset)
+        self._user = AgendaUser(goal.persona, texts.phrases, texts.flavour, upset=upset, comma=texts.comma)
         self._history: list[str] = []
         self._marks: set[str] = set()
         self._objects = False  # the price met an objection that is still open
@@ -88,7 +92,7 @@ class ShopDialogue(Dialogue):
 
     def _play(self, strategy: str, rng: random.Random) -> tuple[str, list[str]]:
         """The effect of an understood turn: (kind of reaction, what the customer says)."""
-        step = self._task.step_of(strategy)
+        step = self._step_of(strategy)
         if strategy == "close":
             return self._close()
         if strategy == "apologise":
@@ -103,6 +107,8 @@ class ShopDialogue(Dialogue):
         if strategy in NEEDS_IDENTITY and "identity" not in self._marks:
             self._held = True
             return "held", ["held"]
+        if strategy == "give_refund" and self.goal.data["too_old"]:
+            return "wrong", ["no_refund"]
         if step is None:
             return _off_task(strategy)
         if not self._marks.issuperset(step.needs):
@@ -114,8 +120,8 @@ class ShopDialogue(Dialogue):
     def _close(self) -> tuple[str, list[str]]:
         if self._only_close_left():
             self._marks.add(WRAPPED)
-            return "bye", ["bye"]
-        return "cut_off", ["cut_off"]
+            return "bye", []
+        return "cut_off", []
 
     def _apologise(self, step: Step | None) -> tuple[str, list[str]]:
         due = self._user.upset or self._last in _BLOWS
@@ -145,7 +151,10 @@ class ShopDialogue(Dialogue):
     def _invite(self, step: Step, rng: random.Random) -> tuple[str, list[str]]:
         if self._user.trust < _MIN_TRUST_TO_BUY:
             return "unsure", ["unsure"]
-        if self._user.finds_it_expensive(rng, discount=self._discount, spoiled=self._spoiled):
+        if self.goal.data["stock"] != "here" and "stock_known" not in self._marks:
+            return "sold_out", ["sold_out"]
+        spoiled = self._spoiled or self.goal.data["stock"] == "back"  # to wait for it makes it less worth, too
+        if self._user.finds_it_expensive(rng, discount=self._discount, spoiled=spoiled):
             self._objects = True
             return "expensive", ["expensive"]
         self._objects = False
@@ -158,7 +167,13 @@ class ShopDialogue(Dialogue):
         self._marks.add(step.mark)
         if step.mark in self.goal.facts:
             late = step.mark == "identity" and self._held
-            return ("late_step" if late else "step"), [self._telling(step.mark)]
+            return ("late_step" if late else "step"), self._telling(step.mark)
+        if step.mark == "stock_known" and self.goal.data["stock"] != "here":
+            return "letdown", ["letdown"]
+        if step.mark in _TOO_OLD and self.goal.data["too_old"] and self._marks >= _TOO_OLD:
+            return "letdown", ["too_late"]
+        if step.mark in _BAD_NEWS:
+            return "progress", ["noted"]
         return ("find" if step.strategy in ("recommend", "compare") else "progress"), ["progress"]
 
     # Grades and texts -------------------------------------------------------------------------------------------
@@ -168,7 +183,7 @@ class ShopDialogue(Dialogue):
         return {strategy: self._grade(strategy) for strategy in self._allowed}
 
     def _grade(self, strategy: str) -> int:
-        step = self._task.step_of(strategy)
+        step = self._step_of(strategy)
         if strategy == "close":
             return 3 if self._only_close_left() else 0
         if strategy == "offer_coupon" and self._objects:
@@ -179,9 +194,13 @@ class ShopDialogue(Dialogue):
         if strategy == "offer_coupon" and not self._marks.issuperset(step.needs):
             return 0
         on_hold = strategy in NEEDS_IDENTITY and "identity" not in self._marks
-        if on_hold or self._objects or not self._marks.issuperset(step.needs):
+        blind = strategy == "invite_to_buy" and self.goal.data["wish"] and "stock_known" not in self._marks
+        if on_hold or blind or self._objects or not self._marks.issuperset(step.needs):
             return 1
         return 3 if step.weight else 2
+
+    def _step_of(self, strategy: str) -> Step | None:
+        return next((step for step in self._steps if step.strategy == strategy), None)
 
     def _sells(self) -> bool:
         return not self._discount and "bought" not in self._marks and not self._marks.isdisjoint(_SALE_READY)
@@ -190,13 +209,25 @@ class ShopDialogue(Dialogue):
         return self.goal.subgoals.keys() - self._marks <= {WRAPPED}
 
     def _script(self, strategy: str) -> Script:
-        if strategy in NEEDS_IDENTITY and "identity" not in self._marks:
-            return SCRIPTS["on_hold"]
-        if strategy == "recommend" and not self._marks >= {"use", "budget"}:
-            return SCRIPTS["recommend_early"]
-        if strategy == "compare" and "use" not in self._marks:
-            return SCRIPTS["compare_early"]
-        return SCRIPTS[strategy]
+        return self._texts.scripts[self._script_name(strategy)]
+
+    def _script_name(self, strategy: str) -> str:
+        data, marks = self.goal.data, self._marks
+        if strategy in NEEDS_IDENTITY and "identity" not in marks:
+            return "on_hold"
+        if strategy == "recommend" and not marks >= {"use", "budget"}:
+            return "recommend_early"
+        if strategy == "compare" and "use" not in marks:
+            return "compare_early"
+        if strategy == "check_stock" and data["stock"] != "here":
+            return f"check_stock_{data['stock']}"
+        if strategy == "invite_to_buy" and data["stock"] == "other" and "stock_known" in marks:
+            return "invite_to_buy_other"
+        if strategy == "look_up_order" and self.goal.intent == "refund":
+            return "look_up_order_age"
+        if strategy == "give_refund" and data["too_old"]:
+            return "give_refund_late"
+        return strategy
 
     @property
     def _slots(self) -> dict[str, object]:
@@ -216,22 +247,24 @@ class ShopDialogue(Dialogue):
         rng = random.Random(f"{self._key}/opening")
         acts = [f"vague.{self._task.desk}"]
         if not self.goal.data["vague"]:
-            acts = [self._telling("need")]
+            acts = self._telling("need")
             self._marks.add("need")
             if self.goal.data["talks"]:
-                acts += [self._telling(fact) for fact in self._task.told]
+                acts += [act for fact in self._task.told for act in self._telling(fact)]
                 self._marks.update(self._task.told)
         # A fact told unasked is no subgoal completed by the agent; marks made here count as done from the start.
         return self._observe(self._user.say(rng, acts, self._slots, flavour=0.7))
 
-    def _telling(self, fact: str) -> str:
-        return f"need.{self.goal.intent}" if fact == "need" else f"tell.{fact}"
+    def _telling(self, fact: str) -> list[str]:
+        if fact != "need":
+            return [f"tell.{fact}"]
+        return [f"need.{self.goal.intent}", *(["tell.wish"] if self.goal.data["wish"] else [])]
 
     def _answer(self, acts: list[str], rng: random.Random) -> str:
         """What the customer says, often with a hint at what they wait for."""
-        if "need" in self._marks and rng.random() < 0.6:
-            waiting = (step.mark for step in self._task.steps if step.mark not in self._marks)
-            acts = acts + [f"want.{mark}" for mark in waiting if f"want.{mark}" in PHRASES][:1]
+        if "need" in self._marks and rng.random() < 0.6 and _RELUCTANT.isdisjoint(acts):
+            waiting = (f"want.{step.mark}" for step in self._steps if step.mark not in self._marks)
+            acts = acts + [act for act in waiting if act in self._texts.phrases][:1]
         return self._user.say(rng, acts, self._slots)
 
     def _observe(self, user: str) -> Observation:

@@ -1,7 +1,8 @@
 """The shop's ten tasks: for each, the steps that a full service takes and what each step is worth.
 
 A *mark* is something achieved: a fact told (``order_id``), or a result delivered (``refunded``). A mark with a weight
-is a subgoal.
+is a subgoal. Some steps are there in special cases only, named after the entry of ``Goal.data`` that tells them:
+``wish`` (the customer wants one colour) and ``too_old`` (the order is older than the returns policy allows).
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ NEEDS_IDENTITY = frozenset({"give_refund", "send_replacement", "change_address",
 
 @dataclass(frozen=True)
 class Step:
-    """``strategy`` achieves ``mark``, worth ``weight`` (0: only a means), once the marks in ``needs`` are there."""
+    """``strategy`` achieves ``mark``, worth ``weight`` (0: only a means), once the marks in ``needs`` are there.
+
+    ``only``, ``unless``: the special case in which the step is there, or is not; "" for none.
+    """
 
     strategy: str
     mark: str
     weight: float = 0.0
     needs: tuple[str, ...] = ()
+    only: str = ""
+    unless: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,13 @@ class Task:
     upset: bool = False
     told: tuple[str, ...] = ()
 
-    @property
-    def subgoals(self) -> dict[str, float]:
-        return {step.mark: step.weight for step in self.steps if step.weight}
-
-    def step_of(self, strategy: str) -> Step | None:
-        return next((step for step in self.steps if step.strategy == strategy), None)
+    def steps_for(self, data: Mapping[str, object]) -> tuple[Step, ...]:
+        """The steps for a customer with this ``Goal.data``; at most one a strategy."""
+        return tuple(
+            step
+            for step in self.steps
+            if (not step.only or data[step.only]) and not (step.unless and data[step.unless])
+        )
 
 
 _NEED = Step("clarify", "need")
@@ -63,6 +70,7 @@ TASKS: Mapping[str, Task] = {
             Step("ask_use", "use", 0.15),
             Step("ask_budget", "budget", 0.15),
             Step("recommend", "item_found", 0.25, needs=("use", "budget")),
+            Step("check_stock", "stock_known", needs=("item_found",), only="wish"),
             Step("invite_to_buy", "bought", 0.35, needs=("item_found",)),
             _CLOSE,
         ),
@@ -110,7 +118,8 @@ TASKS: Mapping[str, Task] = {
             _ORDER_ID,
             _find_order(0.2),
             Step("explain_policy", "terms_known", 0.25),
-            Step("give_refund", "refunded", 0.35, needs=("order_found", "terms_known")),
+            Step("give_refund", "refunded", 0.35, needs=("order_found", "terms_known"), unless="too_old"),
+            Step("offer_coupon", "consoled", 0.35, needs=("order_found", "terms_known"), only="too_old"),
             _CLOSE,
         ),
         told=("order_id",),

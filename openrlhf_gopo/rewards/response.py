@@ -16,11 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from openrlhf_gopo.rewards.text import mentions, normalise, values
+from openrlhf_gopo.rewards.text import mentions, values, words
 from openrlhf_gopo.types import Trajectory, Turn
 
-_GRAM = 3  # words; shorter replies count as one gram
-_PUNCTUATION = ".,;:!?\"'()"
+_GRAM = 3  # words (in Chinese: characters); shorter replies count as one gram
 
 
 def realised(turn: Turn) -> float:
@@ -87,7 +86,7 @@ def gre(trajectory: Trajectory) -> float:
 
 
 def _grams(text: str) -> list[tuple[str, ...]]:
-    words = [bare for word in normalise(text).split() if (bare := word.strip(_PUNCTUATION))]
-    if not words:
+    said = words(text)
+    if not said:
         return []
-    return [tuple(words[i : i + _GRAM]) for i in range(max(1, len(words) - _GRAM + 1))]
+    return [tuple(said[i : i + _GRAM]) for i in range(max(1, len(said) - _GRAM + 1))]

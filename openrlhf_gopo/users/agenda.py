@@ -37,6 +37,8 @@ REACTIONS: Mapping[str, Reaction] = {
     "idle": Reaction("reply", 0.3, -1.0, -0.08),
     "extra_ok": Reaction("click", 0.5, -0.3, 0.0),
     "repeat": Reaction("reply", 0.15, -1.2, -0.12),
+    "letdown": Reaction("reply", 0.6, -0.3, 0.0),
+    "sold_out": Reaction("object", 0.2, -0.9, -0.15),
     "wrong": Reaction("object", 0.15, -1.3, -0.16),
     "refuse": Reaction("refuse", 0.35, -0.5, 0.0),
     "expensive": Reaction("object", 0.5, -0.4, 0.0),
@@ -52,7 +54,10 @@ _REFUSAL = (1.0, 1.4)  # P(keep a personal fact back) = 1 - 1.4 trust: never fro
 
 
 class AgendaUser:
-    """One customer in one dialogue. All chance comes from the ``rng`` passed in, so callers own the noise."""
+    """One customer in one dialogue. All chance comes from the ``rng`` passed in, so callers own the noise.
+
+    ``comma`` stands between two things said: a comma as the phrases' language writes it, and a space if it takes one.
+    """
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class AgendaUser:
         flavour: Mapping[str, Sequence[str]],
         *,
         upset: bool = False,
+        comma: str = ", ",
     ) -> None:
         self.patience = float(persona["patience"])
         self.trust = float(persona["trust"])
@@ -69,6 +75,7 @@ class AgendaUser:
         self._type = str(persona["type"])
         self._phrases = phrases
         self._flavour = flavour.get(self._type, ())
+        self._comma = comma
 
     @property
     def gone(self) -> bool:
@@ -103,4 +110,7 @@ class AgendaUser:
         parts = [rng.choice(self._phrases[act]).format_map(slots) for act in acts]
         if self._flavour and rng.random() < flavour:
             parts.append(rng.choice(self._flavour))
-        return ", ".join(part.rstrip(",") for part in parts).replace("?,", "?").replace("!,", "!")
+        text = self._comma.join(part.rstrip(self._comma) for part in parts)
+        for end in "?!？！":  # no comma after these
+            text = text.replace(end + self._comma[0], end)
+        return text

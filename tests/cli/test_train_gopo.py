@@ -178,7 +178,8 @@ def test_a_dry_run_says_what_it_checked_and_leaves_nothing(tokenizer, tmp_path, 
     flags = {"actor__model_name_or_path": tokenizer, "ckpt__output_dir": tmp_path / "out"}
     train_gopo.main(command("--gopo.dry_run", **flags))
     shown = capsys.readouterr()
-    assert shown.out == ("dry run: shop: 2560 training and 640 held-out goals, 26 labels, 6 GPUs; everything checked\n")
+    said = "dry run: shop: 10240 training and 2240 held-out goals, 26 labels, 6 GPUs; everything checked\n"
+    assert shown.out == said
     assert shown.err == ""
     assert not (tmp_path / "out").exists()
 
@@ -300,7 +301,7 @@ def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsy
         ("--gopo.env star", r"--gopo\.data None: the environment star needs its data; point --gopo\.data at a clone"),
         ("--gopo.env star --gopo.data no/such/folder", r"--gopo\.data no/such/folder: no such folder"),
         ("--gopo.data folder", r"--gopo\.data folder: the environment shop generates its goals"),
-        ("--rollout.batch_size 4096", r"--rollout\.batch_size 4096: shop has 2560 training goals; lower it"),
+        ("--rollout.batch_size 16384", r"--rollout\.batch_size 16384: shop has 10240 training goals; lower it"),
         ("--data.max_samples 4", r"--rollout\.batch_size 8: shop has 4 training goals; lower it"),
         # tokenizer, labels, context
         (

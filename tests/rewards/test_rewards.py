@@ -113,6 +113,23 @@ def test_esndcg_where_nothing_is_relevant_or_graded():
         ("sent to  oak\n12", "Oak 12", True),
         ("it is booked", "book", False),
         ("", "A417", False),
+        ("您的订单A417已发货", "A417", True),
+        ("您的订单A4178已发货", "A417", False),
+        ("您的订单 Ａ４１７，35元", "A417", True),
+        ("订单A5的价格是$35", "$35", True),
+        ("价格是35美元，订单A5", "$35", True),
+        ("价格是$350元", "$35", False),
+        ("一共 35 元。", "35元", True),
+        ("一共￥1,235.00", "1235元", True),
+        ("一共1235元", "235元", False),
+        ("一共35块钱", "35元", True),
+        ("给您35块布", "35元", False),
+        ("一共35.5元", "35元", False),
+        ("可以在周一送到", "周一", True),
+        ("可以在周一送到", "周二", False),
+        ("期限是 30 天", "30天", True),
+        ("期限是130天", "30天", False),
+        ("A5（红色）35元", "A5", True),
     ],
 )
 def test_mentions(reply, string, expected):
@@ -145,6 +162,13 @@ def test_repetition_counts_within_a_reply_and_against_earlier_ones():
     assert no_repetition("i found your order", ["i found your mail", "hello"]) == pytest.approx(0.5)
 
 
+def test_in_chinese_repetition_counts_characters():
+    assert no_repetition("我们今天发货", []) == 1.0
+    assert no_repetition("我们今天发货。", ["好的，我们今天发货"]) == 0.0
+    # 谢谢您 was said before, 谢您的 and 您的A5 were not
+    assert no_repetition("谢谢您的A5", ["谢谢您"]) == pytest.approx(2 / 3)
+
+
 def test_gre_is_the_mean_of_its_parts_over_the_replies():
     found = dialogue(turn("order A417 is here", expected=("A417",)), turn("one moment please", expected=("A417",)))
     scores = response_scores(found)
@@ -166,6 +190,17 @@ def test_values_finds_ids_numbers_and_prices():
         "19.99",
         "20",
     }
+    assert values("订单B203的Ａ5在10:30送到，2件共￥19.99元，订单B203") == {"b203", "a5", "10:30", "2", "19.99"}
+
+
+@given(
+    st.text(alphabet="订单价格元块天 "),
+    st.from_regex(r"[A-D][1-9]|\$[1-9][0-9]|[1-9][0-9]元", fullmatch=True),
+    st.text("的在，。 "),
+)
+def test_a_value_is_found_inside_chinese_text(before, value, after):
+    assert mentions(before + value + after, value)
+    assert values(before + value + after) == {value.strip("$元").lower()}
 
 
 # score and joint
