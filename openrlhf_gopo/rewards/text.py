@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-_DOLLARS = re.compile(r"\$?(\d[\d.]*)\s*(?:dollars?|usd|bucks)\b")
+# The look-behinds keep both linear in long runs of digits or letters: a run is tried at its start alone.
+_DOLLARS = re.compile(r"\$?(?<![\d.])(\.*)(\d[\d.]*)\s*(?:dollars?|usd|bucks)\b")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _CENTS = re.compile(r"(\d)\.00\b")
-_VALUE = re.compile(r"[^\W\d_]*\d+(?:[^\W_])*(?:[.:]\d+)*")
+_VALUE = re.compile(r"(?<![^\W\d_])[^\W\d_]*\d+(?:[^\W_])*(?:[.:]\d+)*")
 
 
 def normalise(text: str) -> str:
@@ -18,7 +19,7 @@ def normalise(text: str) -> str:
     'it costs $35.'
     """
     text = " ".join(text.casefold().split()).replace("\u2019", "'").replace("$ ", "$")
-    return _DOLLARS.sub(r"$\1", _CENTS.sub(r"\1", _THOUSANDS.sub("", text)))
+    return _DOLLARS.sub(r"\1$\2", _CENTS.sub(r"\1", _THOUSANDS.sub("", text)))
 
 
 @lru_cache(maxsize=65536)

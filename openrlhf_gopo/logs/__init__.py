@@ -1,0 +1,12 @@
+"""A company's own dialogues: one documented JSONL schema, its checks, and the way to trajectories, scores and back.
+
+    for line, dialogue in read("dialogues.jsonl"):
+        trajectory = to_trajectory(dialogue)
+        trajectory.rewards = measured(trajectory)
+"""
+
+from openrlhf_gopo.logs.check import read, validate
+from openrlhf_gopo.logs.schema import Dialogue, LoggedGoal, LoggedTurn, Result
+from openrlhf_gopo.logs.trajectory import measured, to_trajectory
+
+__all__ = ["Dialogue", "LoggedGoal", "LoggedTurn", "Result", "measured", "read", "to_trajectory", "validate"]
