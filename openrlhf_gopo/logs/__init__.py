@@ -1,8 +1,6 @@
 """A company's own dialogues: one documented JSONL schema, its checks, and the way to trajectories, scores and back.
 
-    for line, dialogue in read("dialogues.jsonl"):
-        trajectory = to_trajectory(dialogue)
-        trajectory.rewards = measured(trajectory)
+``read`` a file, turn each dialogue into a trajectory with ``to_trajectory``, score it with ``measured``.
 """
 
 from openrlhf_gopo.logs.check import read, validate

@@ -141,7 +141,7 @@ def problems_of(error: ValidationError) -> Iterator[Problem]:
             got = "" if kind in ("missing", "extra_forbidden") or isinstance(value, (list, dict)) else _got(value)
             yield where, item["msg"] + got, _REMEDIES[kind]
         else:
-            yield where, item["msg"] + _got(value), "correct the value; cli.logs schema prints what is expected"
+            yield where, item["msg"] + _got(value), "correct the value (`logs schema` prints the format)"
 
 
 def _scan(path: Path, check: Check | None, progress: bool) -> Iterator[tuple[int, Dialogue | list[str]]]:

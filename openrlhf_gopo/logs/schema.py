@@ -9,8 +9,8 @@
      "outcome": {"stop": "completed", "success": true}}
 
 Nothing is converted on the way in: ``1`` is no string and ``"1"`` no number; unknown fields are errors. A ``Dialogue``
-that exists is free of contradictions. ``python -m openrlhf_gopo.cli.logs schema`` prints the JSON schema, which cannot
-express the contradictions (``contradictions`` below lists them).
+that exists is free of contradictions. The command ``logs schema`` prints the JSON schema, which cannot express the
+contradictions (``contradictions`` below lists them).
 """
 
 from __future__ import annotations

@@ -31,9 +31,10 @@ NEUTRAL = 0.5  # no event of the table: nothing is known of the reaction
 def to_trajectory(dialogue: Dialogue) -> Trajectory:
     """The dialogue as a trajectory without streams, unscored.
 
-    Source and language become persona traits, so that tables slice by them. White space around texts goes, as
-    chat templates and the rollout's decoding drop it. Where the log does not say: ``goal.id`` is the dialogue's id, ``allowed`` is empty, ``strategy`` is
-    "", ``engagement`` comes from ``ENGAGEMENT``, and a turn is on task when it completed a subgoal.
+    Source and language become persona traits, so that tables slice by them. White space around texts goes, as chat
+    templates and the rollout's decoding drop it. Where the log does not say: ``goal.id`` is the dialogue's id,
+    ``allowed`` is empty, ``strategy`` is "", ``engagement`` comes from ``ENGAGEMENT``, and a turn is on task when it
+    completed a subgoal.
     """
     logged = dialogue.goal
     goal = Goal(
