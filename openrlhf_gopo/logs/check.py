@@ -1,7 +1,7 @@
 """Reading and checking files of logged dialogues, one line at a time.
 
-Memory does not grow with the file but for one hash and one line number per dialogue id, about 100 bytes: that is how
-duplicates are found.
+Memory does not grow with the file but for one hash and one line number per dialogue id, less than 200 bytes: that is
+how duplicates are found.
 """
 
 from __future__ import annotations
@@ -179,9 +179,9 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
     number = start = 0
     while raw := file.readline(MAX_LINE + 1):
         number += 1
-        end = raw
-        while len(end) > MAX_LINE and not end.endswith(b"\n"):
-            end = file.readline(MAX_LINE + 1)
+        if len(raw) > MAX_LINE and not raw.endswith(b"\n"):
+            while (rest := file.readline(2**16)) and not rest.endswith(b"\n"):
+                pass
         yield number, start, raw
         start = file.tell()
 
