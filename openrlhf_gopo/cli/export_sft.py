@@ -105,11 +105,12 @@ def logged(env: Environment, file: Path, template: ChatTemplate, census: Counter
         elif any(map(template.spells_control, [trajectory.goal.context, *texts])):
             census["left out: control token in a text"] += 1
         else:
-            census["cut before a turn without a strategy"] += not all(labelled)
+            if not all(labelled):
+                census["cut before a turn without a strategy"] += 1
             used = True
             yield trajectory
     if not used:
-        told = "; ".join(f"{count} {reason}" for reason, count in census.items())
+        told = "; ".join(f"{reason}: {count}" for reason, count in census.items())
         raise DataError(f"--logs {file}: nothing to imitate ({told}); give labelled dialogues about training goals")
 
 
@@ -166,7 +167,7 @@ def _export(args: argparse.Namespace) -> None:
     written = _write(played, args.out)
     print(f"{written} dialogues of {env.name} -> {args.out}/" + "{" + ",".join(FILES) + "}.jsonl")
     for reason, count in census.items():
-        print(f"{count} dialogues {reason}")
+        print(f"{reason}: {count}")
 
 
 def _write(played: Iterator[dict[str, Messages]], out: Path) -> int:

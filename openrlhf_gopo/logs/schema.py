@@ -67,6 +67,7 @@ class LoggedTurn(_Strict):
     strategy: Name | None
     """The strategy of the reply; null where nobody labelled it."""
     reply: Words
+    """What the agent said."""
     briefing: Text = ""
     """What the agent was told for this reply: tool results and facts it could state."""
     events: Names = ()
@@ -85,6 +86,7 @@ class Result(_Strict):
     """How the dialogue ended."""
 
     stop: StopReason
+    """Why it ended: failed ones are counted and enter no metric."""
     success: bool
     """True when every subgoal was completed, which is also what ``completed`` says."""
 
@@ -99,8 +101,11 @@ class Dialogue(_Strict):
     language: Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")]
     """BCP 47: ``en``, ``zh-Hans``."""
     goal: LoggedGoal
+    """What the customer wanted."""
     turns: Annotated[tuple[LoggedTurn, ...], Field(min_length=1, max_length=MAX_TURNS)]
+    """In order."""
     outcome: Result
+    """How the dialogue ended."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Dialogue:

@@ -70,7 +70,11 @@ def test_a_good_file_has_no_problem(good, write):
         (["turns", 0, "allowed"], [], "1:turns[0].allowed: Tuple should have at least 1 item"),
         (["turns", 0, "allowed"], ["a", "a"], "1:turns[0].allowed: a strategy is listed twice"),
         (["turns", 0, "completed"], ["find", "pay"], "1:turns[0].completed: 'pay' is no subgoal of the goal: use one"),
-        (["turns", 1, "completed"], ["refund", "find"], "1:turns[1].completed: 'find' was already completed at turns[0"),
+        (
+            ["turns", 1, "completed"],
+            ["refund", "find"],
+            "1:turns[1].completed: 'find' was already completed at turns[0",
+        ),
         (["goal", "subgoals"], {"find": 0.4, "refund": 0.4}, "1:goal.subgoals: the weights sum to 0.8: divide each"),
         (["goal", "subgoals", "find"], 0, "1:goal.subgoals.find: Input should be greater than 0, got 0"),
         (["goal", "facts", "order"], 5, "1:goal.facts.order: Input should be a valid string, got 5"),

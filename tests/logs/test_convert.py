@@ -9,8 +9,8 @@ import pytest
 
 from openrlhf_gopo.envs.star import Star
 from openrlhf_gopo.errors import ConfigError, DataError
-from openrlhf_gopo.logs import read, to_trajectory, validate
 from openrlhf_gopo.logs import convert as module
+from openrlhf_gopo.logs import read, to_trajectory, validate
 from openrlhf_gopo.logs.check import fits
 from openrlhf_gopo.logs.convert import convert
 
@@ -99,7 +99,7 @@ def test_a_new_source_is_one_function(tmp_path, monkeypatch):
         yield "there", {"id": "2"}
 
     monkeypatch.setitem(module.SOURCES, "mine", records)
-    with pytest.raises(DataError, match="^there: source: Field required: add it$"):
+    with pytest.raises(DataError, match=r"^there: source: Field required: add it$"):
         convert("mine", tmp_path, tmp_path / "out.jsonl")
 
 
