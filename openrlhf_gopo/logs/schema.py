@@ -101,11 +101,9 @@ class Dialogue(_Strict):
     language: Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")]
     """BCP 47: ``en``, ``zh-Hans``."""
     goal: LoggedGoal
-    """What the customer wanted."""
     turns: Annotated[tuple[LoggedTurn, ...], Field(min_length=1, max_length=MAX_TURNS)]
     """In order."""
     outcome: Result
-    """How the dialogue ended."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Dialogue:
