@@ -71,7 +71,8 @@ class LoggedTurn(_Strict):
     briefing: Text = ""
     """What the agent was told for this reply: tool results and facts it could state."""
     events: Names = ()
-    """How the customer reacted to the reply (see ``trajectory.ENGAGEMENT``); other names are kept and mean nothing."""
+    """How the customer reacted to the reply: purchase, thanks, cart, click, positive, answer, question, reply, refuse,
+    object, negative, confused, leave (``trajectory.ENGAGEMENT`` grades them); other names are kept and mean nothing."""
     completed: Names = ()
     """Subgoals that this turn completed, each once in a dialogue."""
     allowed: Annotated[Names, Field(min_length=1)] | None = None

@@ -3,6 +3,7 @@
 import doctest
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -70,6 +71,11 @@ def test_engagement_and_focus_have_defaults(good, fields, engagement, on_task):
     turn = to_trajectory(parse(good)).turns[0]
     assert (turn.engagement, turn.on_task) == (pytest.approx(engagement), on_task)
     assert (turn.strategy, turn.reply, turn.allowed, turn.forced) == ("", "Hi.", (), False)
+
+
+def test_the_schema_names_the_events():
+    described = schema.LoggedTurn.model_fields["events"].description
+    assert all(re.search(rf"\b{event}\b", described) for event in ENGAGEMENT)
 
 
 def test_one_allowed_strategy_is_forced(good):

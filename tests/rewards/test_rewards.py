@@ -161,10 +161,10 @@ def test_a_blank_reply_earns_nothing():
 
 @pytest.mark.parametrize("piece", ["a", "1", "1.", "1..1", "$", ".", "a1", "1,000", "1 "])
 def test_reading_values_takes_linear_time(piece):
-    """A customer may paste anything: each of these took hours when every position of a run was tried."""
+    """A customer may paste anything: 30,000 letters took many seconds when every position of a run was tried."""
     start = time.perf_counter()
-    values(piece * (1_000_000 // len(piece)))
-    assert time.perf_counter() - start < 10
+    values(piece * (30_000 // len(piece)))
+    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize(
