@@ -127,11 +127,12 @@ def fits(env: Environment) -> Check:
 def problems_of(error: ValidationError) -> Iterator[Problem]:
     """pydantic's errors as problems."""
     items = error.errors(include_url=False)
+    outer = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
     for item in items:
         kind, value, loc = item["type"], item["input"], item["loc"]
         where = _field(loc)
         # A list whose items are all bad is not also too short.
-        if kind == "too_short" and any(len(o["loc"]) > len(loc) and o["loc"][: len(loc)] == loc for o in items):
+        if kind == "too_short" and loc in outer:
             continue
         if kind == CONTRADICTION:
             yield from item["ctx"]["problems"]
