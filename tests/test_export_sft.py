@@ -12,6 +12,7 @@ from openrlhf_gopo.cli.export_sft import SINGLE_LEVEL
 from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.evaluation.scripted import demonstrations
+from openrlhf_gopo.logs import Dialogue, to_trajectory
 from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
 from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
 
@@ -63,7 +64,7 @@ def rollout_streams(policy, env, trajectory):
         if turn.forced:
             expert.force(token)
         else:
-            expert.act([token], [-1.0], [ids[s] for s in turn.allowed])
+            expert.act([token], [-1.0], [ids[s] for s in turn.allowed or by_id])  # a log may not know what was allowed
         responder.ask(responder.message(policy.reply_text(turn.user, by_id[turn.strategy], turn.briefing)))
         sampled = [*encode(turn.reply, add_special_tokens=False), policy.responder.stop_token]
         responder.act(sampled, [-1.0] * len(sampled))
@@ -120,6 +121,113 @@ def test_the_command_writes_what_the_rollout_reads(tokenizer, policy, env, tmp_p
         conversation[SINGLE_LEVEL] for conversation in expected
     ]
     assert "5 dialogues of shop" in capsys.readouterr().out
+
+
+def logged(trajectory, number, **changes):
+    """A dialogue of the script as a log would have it."""
+    goal = trajectory.goal
+    fields = ("user", "strategy", "reply", "briefing", "events", "completed", "engagement", "on_task")
+    record = {
+        "id": f"call {number}",
+        "source": "chat export",
+        "language": "en",
+        "goal": {n: getattr(goal, n) for n in ("intent", "context", "subgoals", "facts")},
+        "turns": [{name: getattr(turn, name) for name in fields} for turn in trajectory.turns],
+        "outcome": {"stop": trajectory.stop.value, "success": trajectory.success},
+    }
+    record["goal"]["id"] = changes.pop("goal", f"call {number}")
+    for path, value in changes.items():
+        index, name = path.split("_", 1)
+        record["turns"][int(index.removeprefix("t"))][name] = value
+    return record
+
+
+@pytest.fixture
+def export_logs(tokenizer, tmp_path, capsys):
+    """Run the command on log records; what it wrote by file, and what it printed."""
+
+    def run(*records):
+        tokenizer.save_pretrained(tmp_path / "model")
+        (tmp_path / "logs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        flags = ["--env", "shop", "--tokenizer", str(tmp_path / "model"), "--logs", str(tmp_path / "logs.jsonl")]
+        export_sft.main([*flags, "--out", str(tmp_path / "out")])
+        names = (EXPERT, RESPONDER, SINGLE_LEVEL, "both", "replies")
+        found = {n: [json.loads(x)["messages"] for x in (tmp_path / "out" / f"{n}.jsonl").open()] for n in names}
+        assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == sorted(names)
+        return found, capsys.readouterr().out
+
+    return run
+
+
+def test_logged_dialogues_are_the_rollouts_streams(tokenizer, env, policy, export_logs):
+    """Token for token, with white space that the rollout would not have, and other people's letters."""
+    played = [t for t in demonstrations(env, 40, 0.7, seed=2) if len(t.turns) >= 3][:10]
+    odd = {
+        "t0_user": "  Grüß Gott! \n",
+        "t1_reply": "\tÜber 35 € 🙂 ",
+        "t2_user": "line\nbreak\u2028end",
+        "t2_briefing": "",
+    }
+    records = [logged(trajectory, number, **(odd if number % 2 else {})) for number, trajectory in enumerate(played)]
+    written, printed = export_logs(*records)
+    assert "10 dialogues of shop" in printed
+    trajectories = [to_trajectory(Dialogue.model_validate_json(json.dumps(record))) for record in records]
+    assert any("Über" in turn.reply for trajectory in trajectories for turn in trajectory.turns)
+    for index, trajectory in enumerate(trajectories):
+        for role, stream in rollout_streams(policy, env, trajectory).items():
+            whole = tokenizer.apply_chat_template(written[role][index], tokenize=True, return_dict=False)
+            assert whole[: len(stream.tokens)] == stream.tokens
+            rest = tokenizer.convert_ids_to_tokens(whole[len(stream.tokens) :])
+            assert rest == {EXPERT: ["<|im_end|>", "Ċ"], RESPONDER: ["Ċ"]}[role]
+
+
+def test_a_log_of_the_script_gives_the_scripts_own_files(env, policy, export_logs):
+    played = list(demonstrations(env, 6, 0.7, seed=4))
+    written, _ = export_logs(*[logged(trajectory, number) for number, trajectory in enumerate(played)])
+    expected = [export_sft.messages(trajectory, env, list(policy.labels)) for trajectory in played]
+    assert written[EXPERT] == [conversations[EXPERT] for conversations in expected]
+    assert written[RESPONDER] == [conversations[RESPONDER] for conversations in expected]
+    assert written["both"] == [conversations[role] for conversations in expected for role in (EXPERT, RESPONDER)]
+    assert written[SINGLE_LEVEL] == [conversations[SINGLE_LEVEL] for conversations in expected]
+    assert len(written["replies"]) == sum(len(trajectory.turns) for trajectory in played)
+
+
+def test_what_a_warm_start_may_not_imitate_is_left_out_and_counted(env, export_logs):
+    one, *_ = (t for t in demonstrations(env, 20, 0.7, seed=2) if len(t.turns) >= 4)
+    heldout = env.goals("heldout")[0].id
+    written, printed = export_logs(
+        logged(one, 0),
+        logged(one, 1, goal=heldout),
+        logged(one, 2, t1_user="I typed <|im_end|> by hand"),
+        logged(one, 3, t0_strategy=None),
+        logged(one, 4, t2_strategy=None, t3_reply="<|im_start|>"),
+    )
+    turns = [sum(m["role"] == "assistant" for m in conversation) for conversation in written[EXPERT]]
+    assert turns == [len(one.turns), 2]
+    assert printed.splitlines()[1:] == [
+        "left out: held-out goal: 1",
+        "left out: control token in a text: 1",
+        "left out: first turn without a strategy: 1",
+        "cut before a turn without a strategy: 1",
+    ]
+
+
+def test_logs_that_cannot_be_used_are_short_errors_and_write_nothing(env, tokenizer, tmp_path, capsys):
+    (one,) = demonstrations(env, 1, 1.0, seed=2)
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = ["--env", "shop", "--tokenizer", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    for record, more, expected in (
+        (logged(one, 0), ["--skill", "0.5"], "--skill 0.5: steers the script; leave it out with --logs"),
+        (logged(one, 0), ["--seed", "0"], "--seed 0: steers the script"),
+        (logged(one, 0, t0_strategy="sing"), [], "logs.jsonl:1:turns[0].strategy: 'sing' is not in the catalogue"),
+        (logged(one, 0, t0_strategy=None), [], "nothing to imitate (left out: first turn without a strategy: 1)"),
+    ):
+        (tmp_path / "logs.jsonl").write_text(json.dumps(record) + "\n")
+        with pytest.raises(SystemExit) as exit_:
+            export_sft.main([*flags, "--logs", str(tmp_path / "logs.jsonl"), *more])
+        assert exit_.value.code == 2
+        assert expected in capsys.readouterr().err
+        assert list((tmp_path / "out").glob("*")) == []
 
 
 def test_an_unknown_environment_is_a_short_error(tmp_path, capsys):

@@ -69,12 +69,21 @@ class Star(Environment):
         Raises:
             ConfigError: ``goal`` is not one of this environment's.
         """
+        script, manual = self.human(goal)
+        rng = random.Random(f"{goal.id}/{seed}")
+        user = ReplayUser(script.said, self._pools[goal.intent], self._everyone, rng)
+        return StarDialogue(goal, script, manual, user)
+
+    def human(self, goal: Goal) -> tuple[Script, Manual]:
+        """The human dialogue behind ``goal``, and the manual of its task.
+
+        Raises:
+            ConfigError: ``goal`` is not one of this environment's.
+        """
         script = self._scripts.get(goal.id)
         if script is None:
             raise ConfigError(f"star: goal {goal.id!r} is not in the loaded data; take goals from goals(split)")
-        rng = random.Random(f"{goal.id}/{seed}")
-        user = ReplayUser(script.said, self._pools[goal.intent], self._everyone, rng)
-        return StarDialogue(goal, script, self._manuals[goal.intent], user)
+        return script, self._manuals[goal.intent]
 
     def _add(self, record: Record, manual: Manual) -> None:
         script = write_script(record, manual)

@@ -35,6 +35,15 @@ FIELDS = {
 }  # fmt: skip
 
 
+def brief(manual: Manual, strategy: str, shown: Mapping[str, str] | None) -> str:
+    """The reply template of ``strategy``; for a report also the tool's values, as ``shown`` (None: no result yet)."""
+    lines = [f"Say: {describe(manual.templates[strategy])}"]
+    if shown is not None and strategy in manual.reports:
+        item = [f"{key}: {value}" for key, value in shown.items() if value]
+        lines.append(f"Tool result: {'; '.join(item) or 'nothing found'}")
+    return "\n".join(lines)
+
+
 class StarDialogue(Dialogue):
     """Plays ``script`` with ``user``. Single use.
 
@@ -61,13 +70,9 @@ class StarDialogue(Dialogue):
 
     def briefing(self, strategy: str) -> str:
         """The reply template, and after a result the tool's values."""
-        lines = [f"Say: {describe(self._manual.templates[strategy])}"]
-        result = self._result()
-        if result is not None and strategy in self._manual.reports:
-            item = {key: self._shown(value, strategy) for key, value in self._item().items()}
-            shown = [f"{key}: {value}" for key, value in item.items() if value]
-            lines.append(f"Tool result: {'; '.join(shown) or 'nothing found'}")
-        return "\n".join(lines)
+        if self._result() is None:
+            return brief(self._manual, strategy, None)
+        return brief(self._manual, strategy, {k: self._shown(value, strategy) for k, value in self._item().items()})
 
     def expected(self, strategy: str) -> tuple[str, ...]:
         """The result's values that the reference reply states; none longer than ``LONG`` words."""

@@ -21,7 +21,7 @@ from openrlhf_gopo.evaluation.curves import write_learning_curves
 from openrlhf_gopo.evaluation.summary import Interval, Summary, paired_difference, slices, summarise
 from openrlhf_gopo.types import StopReason, Trajectory
 
-__all__ = ["write_learning_curves", "write_results", "write_slices", "write_table", "write_transcripts"]
+__all__ = ["table_text", "write_learning_curves", "write_results", "write_slices", "write_table", "write_transcripts"]
 
 # metric -> (column title, digits after the point); other metrics follow in alphabetical order with three digits
 COLUMNS = {
@@ -114,6 +114,16 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
+def table_text(results: Mapping[str, Summary]) -> str:
+    """The Markdown that ``write_table`` writes."""
+    return (
+        f"{_markdown(*_grid(results))}\n"
+        "Mean over goals [95% bootstrap interval over goals]. Differences are paired over the goals shared.\n"
+        "Failed dialogues are counted and enter no metric.\n\n"
+        f"Stop reasons, share of the dialogues that did not fail:\n\n{_markdown(*_stop_grid(results))}"
+    )
+
+
 def write_table(results: Mapping[str, Summary], path: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Write ``path`` with the suffixes .md and .csv: a row per policy, then the differences to the first policy.
 
@@ -123,12 +133,6 @@ def write_table(results: Mapping[str, Summary], path: str | os.PathLike[str]) ->
     if not results:
         raise ValueError("write_table needs at least one policy")
     path = Path(path)
-    text = (
-        f"{_markdown(*_grid(results))}\n"
-        "Mean over goals [95% bootstrap interval over goals]. Differences are paired over the goals shared.\n"
-        "Failed dialogues are counted and enter no metric.\n\n"
-        f"Stop reasons, share of the dialogues that did not fail:\n\n{_markdown(*_stop_grid(results))}"
-    )
     rows = _rows(results)
     metrics = _columns(rows)
     with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
@@ -139,7 +143,7 @@ def write_table(results: Mapping[str, Summary], path: str | os.PathLike[str]) ->
             found = [row.metrics.get(m) for m in metrics]
             numbers = [number for i in found for number in ((i.mean, i.low, i.high) if i else ("", "", ""))]
             writer.writerow([row.name, *row.counts, *numbers])
-    return _write(path.with_suffix(".md"), text), path.with_suffix(".csv")
+    return _write(path.with_suffix(".md"), table_text(results)), path.with_suffix(".csv")
 
 
 def _slice_grid(phases: Phases) -> tuple[list[str], list[list[str]]]:

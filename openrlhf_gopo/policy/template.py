@@ -71,6 +71,10 @@ class ChatTemplate:
         whole = self._tokens(self._to_next, "", self._to_reply + self._blank, text, "")
         return whole[-1] if text and whole[:-1] == self.next("") else None
 
+    def spells_control(self, text: str) -> bool:
+        """Whether ``text`` spells a control token: plain text in a stream, the token itself to a chat template."""
+        return self._literal.search(text) is not None
+
     def decode(self, tokens: list[int]) -> str:
         """The text of sampled tokens, special tokens left out."""
         words = [t for t in tokens if t not in self._special]

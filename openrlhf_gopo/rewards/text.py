@@ -17,11 +17,12 @@ _WIDE |= {wide: chr(wide - 0xFEE0) for wide in range(0xFF41, 0xFF5B)} | {0xFFE5:
 _CHARACTER = re.compile(rf"[{_UNSPACED}]")
 _LOOSE = re.compile(rf"(?<=[{_UNSPACED}]) | (?=[{_UNSPACED}])")
 _NUMBER = r"(\d+(?:\.\d+)?)"
-_YUAN = re.compile(rf"\u00a5 ?{_NUMBER}元?|{_NUMBER}(?:块钱|块(?!{_WORD}|[{_UNSPACED}]))")
-_DOLLARS = re.compile(rf"\$?(\d[\d.]*)\s*(?:(?:dollars?|usd|bucks)(?!{_WORD})|美元|美金)")
+# The look-behinds keep these linear in long runs of digits or letters: a run is tried at its start alone.
+_YUAN = re.compile(rf"\u00a5 ?{_NUMBER}元?|(?<!\d){_NUMBER}(?:块钱|块(?!{_WORD}|[{_UNSPACED}]))")
+_DOLLARS = re.compile(rf"\$?(?<![\d.])(\.*)(\d[\d.]*)\s*(?:(?:dollars?|usd|bucks)(?!{_WORD})|美元|美金)")
 _THOUSANDS = re.compile(rf"(?<=\d),(?=\d{{3}}(?!{_WORD}))")
 _CENTS = re.compile(rf"(\d)\.00(?!{_WORD})")
-_VALUE = re.compile(rf"[^\W\d_{_UNSPACED}]*\d+[^\W_{_UNSPACED}]*(?:[.:]\d+)*")
+_VALUE = re.compile(rf"(?<![^\W\d_{_UNSPACED}])[^\W\d_{_UNSPACED}]*\d+[^\W_{_UNSPACED}]*(?:[.:]\d+)*")
 _PUNCTUATION = ".,;:!?\"'()\u3001\u3002\u300a\u300b\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f\u201c\u201d"
 
 
@@ -38,7 +39,7 @@ def normalise(text: str) -> str:
     text = " ".join(text.casefold().split()).replace("\u2019", "'")
     if not text.isascii():
         text = _LOOSE.sub("", text.translate(_WIDE))
-    text = _DOLLARS.sub(r"$\1", _CENTS.sub(r"\1", _THOUSANDS.sub("", text.replace("$ ", "$"))))
+    text = _DOLLARS.sub(r"\1$\2", _CENTS.sub(r"\1", _THOUSANDS.sub("", text.replace("$ ", "$"))))
     return text if text.isascii() else _YUAN.sub(r"\1\2元", text)
 
 

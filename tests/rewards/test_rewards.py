@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import time
 
 import pytest
 from hypothesis import given
@@ -180,6 +181,22 @@ def test_gre_is_the_mean_of_its_parts_over_the_replies():
 
 def test_a_blank_reply_earns_nothing():
     assert response_scores(dialogue(turn("  ")))["gre"] == 0.0
+
+
+@pytest.mark.parametrize("piece", ["a", "1", "1.", "1..1", "$", ".", "a1", "1,000", "1 "])
+def test_reading_values_takes_linear_time(piece):
+    """A customer may paste anything: 30,000 letters took many seconds when every position of a run was tried."""
+    start = time.perf_counter()
+    values(piece * (30_000 // len(piece)))
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("1..5 dollars", "$1..5"), (".5 usd", ".$5"), ("$ 12.50 bucks", "$12.50"), ("a1 usd", "a$1"), ("7.usd", "$7.")],
+)
+def test_a_price_is_the_whole_run_of_digits_and_points_before_the_word(written, read):
+    assert text.normalise(written) == read
 
 
 def test_values_finds_ids_numbers_and_prices():

@@ -1,0 +1,109 @@
+"""STAR's human dialogues as logs, in the goals, strategies, briefings and engagement scale of the environment ``star``.
+
+Goals have the environment's ids, so a human row pairs with a policy's row goal by goal. Left out, as there: dialogues
+over several tasks and those without a query result. Ours, not STAR's: a subgoal is completed by the wizard turn after
+which the customer told the slot, by the first report under the result it belongs to, and by a goodbye after the last
+result. A check that the environment requires but the wizard skipped stays open.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from openrlhf_gopo.envs.base import SPLITS
+from openrlhf_gopo.envs.star import Star
+from openrlhf_gopo.envs.star_dialogue import ENGAGEMENT, OFF_TASK, brief
+from openrlhf_gopo.envs.star_script import Beat, Script, report_ids
+from openrlhf_gopo.envs.star_sop import BYE, HELLO, Manual
+from openrlhf_gopo.types import Goal, StopReason
+
+logger = logging.getLogger(__name__)
+
+
+def records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One record per goal of the environment; the folder is a clone of the STAR repository.
+
+    Raises:
+        DataError: the folder or a record in it is malformed.
+    """
+    env = Star.load(str(folder))
+    for reason, count in env.census.items():
+        if reason.startswith("left out"):
+            logger.warning("star: %d dialogues %s", count, reason)
+    for split in SPLITS:
+        for goal in env.goals(split):
+            script, manual = env.human(goal)
+            yield f"{folder}: dialogue {script.record.id}", _record(goal, script, manual)
+
+
+def _record(goal: Goal, script: Script, manual: Manual) -> dict[str, Any]:
+    turns: list[dict[str, Any]] = []
+    left = dict.fromkeys(goal.subgoals)
+    tells = iter(script.said)
+    user = script.opening.text
+    for beat, item in zip(script.beats, _items(script), strict=True):
+        told = next(tells).tells if beat.user else frozenset()
+        reached = [f"slot:{slot}" for slot in sorted(told)] + _reached(beat, script, manual)
+        completed = [subgoal for subgoal in reached if subgoal in left]
+        on_task = bool(completed) or (not turns and beat.label == HELLO)
+        left = {subgoal: None for subgoal in left if subgoal not in completed}
+        turn: dict[str, Any] = {
+            "user": user,
+            "strategy": beat.label or None,
+            "reply": beat.text,
+            "completed": completed,
+        }
+        turn |= {"on_task": on_task, "events": ["reply"] if beat.user else []}
+        if beat.label:
+            turn["briefing"] = brief(manual, beat.label, _shown(item, beat.text))
+        if beat.user or beat.label == BYE:
+            turn["engagement"] = (ENGAGEMENT if on_task else OFF_TASK)["own"]
+        turns.append(turn)
+        user = beat.user
+    ended = any(beat.label == BYE for beat in script.beats)
+    stop = StopReason.CLOSED if ended else StopReason.USER_LEFT
+    fields = ("id", "intent", "context", "subgoals", "facts")
+    return {
+        "id": goal.id,
+        "source": "star",
+        "language": "en",
+        "goal": {name: getattr(goal, name) for name in fields},
+        "turns": turns,
+        "outcome": {"stop": (stop if left else StopReason.COMPLETED).value, "success": not left},
+    }
+
+
+def _items(script: Script) -> Iterator[Mapping[str, Any] | None]:
+    """For every wizard turn, what the tool had returned last; None before the first result."""
+    latest: Mapping[str, Any] | None = None
+    for event in script.record.events:
+        if event.kind == "result":
+            latest = event.values
+        elif event.kind == "wizard":
+            yield latest
+
+
+def _reached(beat: Beat, script: Script, manual: Manual) -> list[str]:
+    """The report subgoal that a wizard turn completes, or the closing one; [] for most turns."""
+    if beat.label == BYE:
+        return [f"close:{BYE}"] if beat.segment >= len(script.rounds) else []
+    if not 0 < beat.segment <= len(script.rounds):
+        return []
+    current, ids = script.rounds[beat.segment - 1], report_ids(script, beat.segment - 1)
+    if not current.reports:
+        return ids if beat.label in ("", *manual.closers[current.result]) else []
+    return [name for name, label in zip(ids, current.reports, strict=True) if label == beat.label]
+
+
+def _shown(item: Mapping[str, Any] | None, reply: str) -> dict[str, str] | None:
+    """The tool's values as the environment shows them; of a list (directions) the step that the wizard gave."""
+    return None if item is None else {key: _step(value, reply) for key, value in item.items()}
+
+
+def _step(value: Any, reply: str) -> str:
+    if isinstance(value, list):
+        return next((str(step) for step in value if str(step).rstrip(".") in reply), str(value[0]) if value else "")
+    return "" if value is None else str(value)
