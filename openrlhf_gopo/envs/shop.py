@@ -23,14 +23,15 @@ Chance is drawn per turn from (goal, seed, turn), so equal seeds give equal nois
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from openrlhf_gopo.envs.base import SPLITS, Environment
-from openrlhf_gopo.envs.shop_catalogue import STRATEGIES
+from openrlhf_gopo.envs.shop_catalogue import PROCEDURE, STRATEGIES
 from openrlhf_gopo.envs.shop_dialogue import ShopDialogue
 from openrlhf_gopo.envs.shop_goals import all_goals
 from openrlhf_gopo.errors import ConfigError
+from openrlhf_gopo.sop import Procedure
 from openrlhf_gopo.types import Goal, Strategy
 
 
@@ -56,6 +57,9 @@ class Shop(Environment):
     def catalogue(self, goal: Goal) -> Sequence[Strategy]:
         """All strategies of all desks; the SOP masks those of other desks."""
         return STRATEGIES
+
+    def procedures(self) -> Mapping[str, Procedure]:
+        return {self.name: PROCEDURE}
 
     def start(self, goal: Goal, seed: int) -> ShopDialogue:
         return ShopDialogue(goal, seed, self.max_turns)

@@ -5,7 +5,7 @@
 kind            meaning
 contradiction   two rules on one strategy exclude each other
 unreachable     a strategy, or a mandatory step, that no dialogue can use
-dead end        a dialogue in which nothing is free before the end (``Sop.allowed`` falls back on the terminal strategies)
+dead end        a dialogue in which nothing is free before the end: ``Sop.allowed`` falls back on the terminal ones
 trap            a dialogue from which no terminal strategy can be reached any more, however long it goes on
 
 What is assumed. Facts are only ever learned. The user, or the shop's own systems, may tell any fact at any time, or
@@ -89,6 +89,15 @@ def check(sop: Sop, catalogue: Iterable[Strategy] = (), *, answered: bool = True
     return Report(tuple(findings), budget.spent, not budget.exceeded)
 
 
+def unoffered(sop: Sop) -> Iterator[Finding]:
+    """Strategies that no part of ``sop`` offers."""
+    offered = {strategy for part in sop.parts for strategy in sop.part(part.name).strategies}
+    for strategy in sop.strategies if sop.parts else ():
+        if strategy not in offered:
+            message = f"{sop.name}: no part offers {strategy!r}; add it to a part or leave it out"
+            yield Finding("unreachable", strategy, message, ("strategies", strategy))
+
+
 # Contradictions -------------------------------------------------------------------------------------------------
 
 
@@ -101,7 +110,9 @@ def _contradictions(sop: Sop) -> Iterator[Finding]:
                 yield from _clash(sop, one, other)
             early = [step for step in one.not_after if step in sop.mandatory and strategy in sop.terminal]
             if early:
-                message = f"{sop.name}: {strategy!r} may not follow {early[0]!r}, which is mandatory before it; drop one"
+                message = (
+                    f"{sop.name}: {strategy!r} may not follow {early[0]!r}, which is mandatory before it; drop one"
+                )
                 yield Finding("contradiction", strategy, message, one.at)
 
 
@@ -129,7 +140,9 @@ def _unreachable(sop: Sop, of: Mapping[str, Need], never: Sequence[str]) -> Iter
     for strategy in never:
         what = "the mandatory step " if strategy in sop.mandatory else ""
         lacking = [other for other in sop.strategies if other in of[strategy].before and other in never]
-        reason = f"it comes after {lacking[0]!r}, which cannot either" if lacking else "no order of steps meets its rules"
+        reason = (
+            f"it comes after {lacking[0]!r}, which cannot either" if lacking else "no order of steps meets its rules"
+        )
         message = f"{sop.name}: {what}{strategy!r} can never be used: {reason}; loosen a rule or leave it out"
         yield Finding("unreachable", strategy, message, _place(sop, strategy))
 

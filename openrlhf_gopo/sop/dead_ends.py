@@ -61,7 +61,9 @@ def dead_end(sop: Sop, of: Mapping[str, Need], budget: Budget) -> State | None:
             return None
         open_ones = [choices for choices in reasons.values() if not any(map(guess.includes, choices))]
         if open_ones:
-            waiting += min(([g for c in choices if (g := guess.plus(c, of))] for choices in open_ones), key=len)
+            fitting = [[g for c in choices if (g := guess.plus(c, of))] for choices in open_ones]
+            fewest = min(fitting, key=len)
+            waiting += fewest
             continue
         state = _reach(sop, of, guess, budget)
         if state is not None:

@@ -25,6 +25,10 @@ class Procedure:
     file: str = ""
     lines: Mapping[Where, int] = field(default_factory=dict)
 
+    def parts(self) -> dict[str, Sop]:
+        """The SOP of each part; {} without parts."""
+        return {part.name: self.sop.part(part.name) for part in self.sop.parts}
+
     def locate(self, where: Where) -> str:
         """``file.yaml:LINE`` of a field, or of the nearest one around it; "" when there is no file."""
         return f"{self.file}:{_line(self.lines, where)}" if self.file else ""

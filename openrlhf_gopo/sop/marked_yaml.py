@@ -62,7 +62,7 @@ def _refuse_features(path: Path, text: str) -> None:
     depth = documents = 0
     empty = True
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1  # type: ignore[union-attr]  # every event of a parser has its mark
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
             if documents > 1:
@@ -73,9 +73,12 @@ def _refuse_features(path: Path, text: str) -> None:
         empty = False
         if event.anchor is not None:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
-            raise DataError(f"{path}:{line}: {sign}{event.anchor}: anchors and aliases are refused; write the value out")
-        if getattr(event, "tag", None) is not None:
-            raise DataError(f"{path}:{line}: {event.tag}: tags are refused; write a plain value")
+            raise DataError(
+                f"{path}:{line}: {sign}{event.anchor}: anchors and aliases are refused; write the value out"
+            )
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise DataError(f"{path}:{line}: {tag}: tags are refused; write a plain value")
         depth += isinstance(event, yaml.CollectionStartEvent)
         if depth > MAX_DEPTH:
             raise DataError(f"{path}:{line}: nested more than {MAX_DEPTH} levels deep; an SOP needs 5")
@@ -94,9 +97,9 @@ def _build(path: Path, node: yaml.Node, at: Where, lines: Lines) -> object:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise DataError(f"{path}:{line}: {key.id} as a key: a field name is a word")
+        place = (*at, key.value)
         if key.value in found:
-            first = lines[(*at, key.value)]
-            raise DataError(f"{path}:{line}: {key.value}: given twice, first in line {first}; keep one")
-        lines[(*at, key.value)] = line
-        found[key.value] = _build(path, value, (*at, key.value), lines)
+            raise DataError(f"{path}:{line}: {key.value}: given twice, first in line {lines[place]}; keep one")
+        lines[place] = line
+        found[key.value] = _build(path, value, place, lines)
     return found
