@@ -27,9 +27,8 @@ def read_yaml(path: Path) -> tuple[object, Lines]:
     try:
         _refuse_features(path, text)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        assert node is not None  # an empty file was refused
         lines: Lines = {}
-        return _build(path, node, (), lines), lines
+        content = None if node is None else _build(path, node, (), lines)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -37,9 +36,10 @@ def read_yaml(path: Path) -> tuple[object, Lines]:
         raise DataError(f"{path}:{line}: not valid YAML: {what}") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise DataError(f"{path}:{line}: character {error.character!r}: not allowed in YAML; remove it") from error
-    except ValueError as error:  # a scalar that looks like a date and is none
-        raise DataError(f"{path}: a value that YAML cannot read: {error}; put it in quotes") from error
+        raise DataError(f"{path}:{line}: character U+{error.character:04X}: not allowed in YAML; remove it") from error
+    if content is None:
+        raise DataError(f"{path}:1: empty; an SOP needs at least its name and strategies")
+    return content, lines
 
 
 def _read(path: Path) -> str:
@@ -60,7 +60,6 @@ def _read(path: Path) -> str:
 def _refuse_features(path: Path, text: str) -> None:
     """One pass over the parser's events: nothing is built and nothing expands, whatever the file holds."""
     depth = documents = 0
-    empty = True
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1  # type: ignore[union-attr]  # every event of a parser has its mark
         if isinstance(event, yaml.DocumentStartEvent):
@@ -70,7 +69,6 @@ def _refuse_features(path: Path, text: str) -> None:
         if not isinstance(event, yaml.NodeEvent):
             depth -= isinstance(event, yaml.CollectionEndEvent)
             continue
-        empty = False
         if event.anchor is not None:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
             raise DataError(
@@ -82,8 +80,6 @@ def _refuse_features(path: Path, text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent)
         if depth > MAX_DEPTH:
             raise DataError(f"{path}:{line}: nested more than {MAX_DEPTH} levels deep; an SOP needs 5")
-    if empty:
-        raise DataError(f"{path}: empty; an SOP needs at least its name and strategies")
 
 
 def _build(path: Path, node: yaml.Node, at: Where, lines: Lines) -> object:
@@ -91,7 +87,11 @@ def _build(path: Path, node: yaml.Node, at: Where, lines: Lines) -> object:
     if isinstance(node, yaml.SequenceNode):
         return [_build(path, item, (*at, index), lines) for index, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return yaml.SafeLoader("").construct_object(node)
+        try:
+            return yaml.SafeLoader("").construct_object(node)
+        except (ValueError, OverflowError) as error:  # it looks like a date or a number and is none
+            field = ".".join(map(str, at))
+            raise DataError(f"{path}:{lines[at]}: {field}: {node.value!r}: {error}; put it in quotes") from error
     found: dict[str, object] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
