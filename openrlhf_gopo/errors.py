@@ -1,5 +1,11 @@
 """The errors a user can meet. Every message names the flag or ``file:line:field``, the value, and the remedy."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+Where = tuple[str | int, ...]  # the place of a field in a file: ("rules", 2, "after", 0)
+
 
 class GopoError(Exception):
     """Base of every error raised on purpose by this package."""
@@ -14,7 +20,14 @@ class DataError(GopoError):
 
 
 class SopError(GopoError):
-    """An SOP that contradicts itself, or a choice that an SOP forbids."""
+    """An SOP that contradicts itself, or a choice that an SOP forbids.
+
+    ``problems``: all that is wrong with an SOP, each with its place; whoever read it from a file knows the lines.
+    """
+
+    def __init__(self, message: str, problems: Iterable[tuple[Where, str]] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 class StreamError(GopoError):

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "openrlhf_gopo"
 STACK = ["openrlhf", "ray", "vllm", "deepspeed"]
 TORCH = ["torch", "transformers", "numpy"]
-OTHERS = ["jinja2", "matplotlib", "pydantic", "yaml", "rich", "sacrebleu", "tqdm"]
+OTHERS = ["graphviz", "jinja2", "matplotlib", "pydantic", "yaml", "rich", "sacrebleu", "tqdm"]
 HIGH = [f"openrlhf_gopo.{name}" for name in ("runtime", "platform", "cli")]
 MIDDLE = ["sop", "envs", "users", "policy", "rollout", "rewards", "evaluation", "logs"]
 

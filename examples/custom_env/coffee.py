@@ -1,25 +1,16 @@
 """A coffee stand: a small but complete environment. The README beside this file explains it."""
 
 import random
+from pathlib import Path
 
 from openrlhf_gopo.envs import Dialogue, Environment
 from openrlhf_gopo.errors import DialogueError, SopError
 from openrlhf_gopo.rewards.text import mentions
-from openrlhf_gopo.sop import Rule, Sop
-from openrlhf_gopo.types import Goal, Observation, Outcome, StopReason, Strategy
+from openrlhf_gopo.sop import load_sop
+from openrlhf_gopo.types import Goal, Observation, Outcome, StopReason
 
-CATALOGUE = (
-    Strategy("ask_drink", "Ask drink", "Ask what they would like to drink.", asks=("drink",)),
-    Strategy("ask_size", "Ask size", "Ask how large the cup should be.", asks=("size",)),
-    Strategy("offer_cake", "Offer cake", "Offer a piece of cake."),
-    Strategy("serve", "Serve", "Hand over the drink and say goodbye.", does=("serve",)),
-)
-RULES = (
-    Rule("ask_drink", without_facts=("drink",)),  # do not ask what is known
-    Rule("ask_size", without_facts=("size",)),
-    Rule("serve", requires_facts=("drink",)),
-)
-SOP = Sop(tuple(s.id for s in CATALOGUE), RULES, terminal=("serve",))
+MENU = load_sop(Path(__file__).with_name("coffee.yaml"))
+CATALOGUE, SOP = MENU.strategies, MENU.sop
 DRINKS, SIZES = ("latte", "mocha", "tea", "cocoa", "water"), ("small", "medium", "large")
 REPLIES = {"ask_drink": "What would you like?", "ask_size": "Which size?", "offer_cake": "Some cake with it?"}
 
@@ -37,6 +28,9 @@ class Coffee(Environment):
 
     def catalogue(self, goal):
         return CATALOGUE
+
+    def procedures(self):
+        return {self.name: MENU}
 
     def start(self, goal, seed):
         return Order(goal, random.Random(f"{goal.id}/{seed}"))

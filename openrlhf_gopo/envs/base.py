@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from openrlhf_gopo.sop import Procedure
 from openrlhf_gopo.types import Goal, Observation, Outcome, Strategy
 
 SPLITS = ("train", "heldout")
@@ -81,6 +82,10 @@ class Environment(ABC):
     def catalogue_size(self) -> int:
         """Strategies in the largest catalogue of any goal: as many labels are needed."""
         return max(len(self.catalogue(goal)) for split in SPLITS for goal in self.goals(split))
+
+    def procedures(self) -> Mapping[str, Procedure]:
+        """The SOPs by name, with their catalogues, for the command ``cli.sop``; {}: none shown."""
+        return {}
 
     @abstractmethod
     def start(self, goal: Goal, seed: int) -> Dialogue:

@@ -32,15 +32,16 @@ the task, its open steps and what the customer wants, but neither the mood nor t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from openrlhf_gopo.envs.base import SPLITS, Environment
-from openrlhf_gopo.envs.shop_catalogue import STRATEGIES
+from openrlhf_gopo.envs.shop_catalogue import PROCEDURE, STRATEGIES
 from openrlhf_gopo.envs.shop_dialogue import ShopDialogue
 from openrlhf_gopo.envs.shop_goals import Goals
 from openrlhf_gopo.envs.shop_texts import LANGUAGES, load_texts
 from openrlhf_gopo.errors import ConfigError
+from openrlhf_gopo.sop import Procedure
 from openrlhf_gopo.types import Goal, Strategy
 
 
@@ -78,6 +79,9 @@ class Shop(Environment):
 
     def catalogue_size(self) -> int:
         return len(self._catalogue)
+
+    def procedures(self) -> Mapping[str, Procedure]:
+        return {self.name: PROCEDURE}
 
     def start(self, goal: Goal, seed: int) -> ShopDialogue:
         return ShopDialogue(goal, seed, self.max_turns, self._texts)

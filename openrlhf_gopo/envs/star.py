@@ -23,6 +23,7 @@ from openrlhf_gopo.envs.star_reader import Record, Task, read
 from openrlhf_gopo.envs.star_script import Script, pairs, report_ids, write_script
 from openrlhf_gopo.envs.star_sop import BYE, Manual, write_manual
 from openrlhf_gopo.errors import ConfigError
+from openrlhf_gopo.sop import Procedure
 from openrlhf_gopo.types import Goal, Strategy
 from openrlhf_gopo.users.replay import Pool, ReplayUser
 
@@ -62,6 +63,10 @@ class Star(Environment):
     def catalogue(self, goal: Goal) -> Sequence[Strategy]:
         """The strategies of the goal's task: those its wizards can utter, its queries, and the four shared ones."""
         return self._manuals[goal.intent].strategies
+
+    def procedures(self) -> Mapping[str, Procedure]:
+        """One for each task."""
+        return {task: Procedure(manual.strategies, manual.sop) for task, manual in self._manuals.items()}
 
     def start(self, goal: Goal, seed: int) -> Dialogue:
         """A fresh dialogue.
