@@ -38,8 +38,9 @@ class Shop(Environment):
     """The service desk. It generates its goals and reads no data."""
 
     name: ClassVar[str] = "shop"
-    blocking: ClassVar[bool] = False
+    blocking: bool = False
     max_turns: int = 12
+    own_user: ClassVar[str | None] = "agenda"
 
     @classmethod
     def load(cls, data: str | None) -> Shop:
@@ -58,4 +59,4 @@ class Shop(Environment):
         return STRATEGIES
 
     def start(self, goal: Goal, seed: int) -> ShopDialogue:
-        return ShopDialogue(goal, seed, self.max_turns)
+        return ShopDialogue(goal, seed, self.max_turns, self.voice(goal, seed))

@@ -37,6 +37,7 @@ class Star(Environment):
     name = "star"
     blocking = False
     max_turns = 14
+    own_user = "replay"
 
     def __init__(self, tasks: Mapping[str, Task], records: Sequence[Record]) -> None:
         self.census: Counter[str] = Counter(dialogues=len(records))
@@ -74,7 +75,7 @@ class Star(Environment):
             raise ConfigError(f"star: goal {goal.id!r} is not in the loaded data; take goals from goals(split)")
         rng = random.Random(f"{goal.id}/{seed}")
         user = ReplayUser(script.said, self._pools[goal.intent], self._everyone, rng)
-        return StarDialogue(goal, script, self._manuals[goal.intent], user)
+        return StarDialogue(goal, script, self._manuals[goal.intent], user, self.voice(goal, seed))
 
     def _add(self, record: Record, manual: Manual) -> None:
         script = write_script(record, manual)

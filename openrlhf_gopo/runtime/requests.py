@@ -14,6 +14,7 @@ from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy
 from openrlhf_gopo.rollout.dialogue import Limits
 from openrlhf_gopo.types import Goal
+from openrlhf_gopo.users import UserSpec
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PolicySpec:
     labels: str | None
     names_only: bool
     use_fast: bool = True
+    user: UserSpec | None = None
 
 
 @dataclass
@@ -63,6 +65,7 @@ def policy_spec(args: SimpleNamespace, config: GopoConfig) -> PolicySpec:
         config.labels,
         config.names_only,
         not args.data.disable_fast_tokenizer,
+        UserSpec(config.user, config.llm, config.user_timeout) if config.user else None,
     )
 
 
@@ -75,7 +78,7 @@ def build_policy(spec: PolicySpec) -> tuple[Environment, TwoLevelPolicy]:
     """
     from transformers import AutoTokenizer  # not upstream's wrapper: a dry run needs no OpenRLHF import
 
-    env = load_environment(spec.env, spec.data)
+    env = load_environment(spec.env, spec.data, spec.user)
 
     def load(flag: str, path: str) -> Any:
         try:
