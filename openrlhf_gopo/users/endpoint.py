@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY = 1 << 20  # bytes of one answer
 REPORT_EVERY = 200  # requests between two log lines with the usage
+_KEY_LENGTH = 8  # a shorter one is a dummy, as in "EMPTY"
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 20.0  # seconds of back-off, before jitter
 _HINTS = {
     401: "set the key in the environment variable {key} (--gopo.llm.api_key_env) wherever rollouts run",
@@ -69,7 +71,8 @@ class Endpoint:
     """``model`` at ``url``, which ends where ``/chat/completions`` follows. Thread-safe; pickles without state.
 
     Raises:
-        ConfigError: ``url`` cannot be one, or holds a key or a password; --gopo.llm.cache is no SQLite file.
+        ConfigError: ``url`` cannot be one, or holds more than a place; the key cannot be one; --gopo.llm.cache is no
+            SQLite file.
     """
 
     def __init__(self, model: str, url: str, config: LlmConfig) -> None:
@@ -81,6 +84,7 @@ class Endpoint:
         self._free = threading.BoundedSemaphore(config.concurrency)
         self._client = httpx.Client(limits=httpx.Limits(max_connections=config.concurrency))
         self._backoff = tenacity.wait_random_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT)
+        self._key()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Endpoint, (self.model, self.url, self.config)
@@ -142,7 +146,7 @@ class Endpoint:
             self._spend()
             end = min(until, time.monotonic() + self.config.timeout)
             return self._send(body, end)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:  # of transport: no connection, cut off, timed out
             problem = f"{type(error).__name__} ({error})"
         finally:
             self._free.release()
@@ -150,8 +154,8 @@ class Endpoint:
         raise _Transient(problem)
 
     def _send(self, body: dict[str, Any], end: float) -> bytes:
-        key = os.environ.get(self.config.api_key_env, "")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        key = self._key()
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         left = max(0.01, end - time.monotonic())
         raw = b""
         with self._client.stream(
@@ -163,7 +167,7 @@ class Endpoint:
                     raise DialogueError(f"{self.name}: an answer of more than {MAX_BODY} bytes (endpoint.MAX_BODY)")
                 if time.monotonic() > end:  # httpx times single reads, and an endpoint may drip
                     raise _Transient(f"no answer in --gopo.llm.timeout {self.config.timeout} s")
-        if key:
+        if len(key) >= _KEY_LENGTH:  # some endpoints echo it
             raw = raw.replace(key.encode(), b"[key]")
         status = response.status_code
         if status == 429 or status >= 500:
@@ -172,6 +176,16 @@ class Endpoint:
             hint = _HINTS.get(status, "").format(key=self.config.api_key_env)
             raise DialogueError(f"{self.name}: status {status}: {_excerpt(raw)}{'; ' if hint else ''}{hint}")
         return raw
+
+    def _key(self) -> str:
+        """The key; "" for an endpoint that wants none."""
+        key = os.environ.get(self.config.api_key_env, "").strip()
+        if not re.fullmatch(r"[!-~]*", key):  # httpx's own error would show it
+            raise ConfigError(
+                f"--gopo.llm.api_key_env {self.config.api_key_env}: what this environment variable holds cannot be a "
+                "key: it has blanks or characters beyond ASCII"
+            )
+        return key
 
     def _spend(self) -> None:
         """Count one request, while the budget lasts."""
