@@ -79,6 +79,7 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # head and body in one packet, or each answer waits for an acknowledgement
 
             def do_POST(self) -> None:
                 with server._lock:
@@ -134,20 +135,21 @@ def policy() -> TwoLevelPolicy:
 
 
 class Engine:
-    """Takes the first allowed label and writes ``reply``: the same actions whatever the customer says."""
+    """Writes ``reply`` under the label ``choose(allowed)``: the same actions whatever the customer says."""
 
-    def __init__(self, policy: TwoLevelPolicy, reply: str = "sorry about that") -> None:
+    def __init__(
+        self,
+        policy: TwoLevelPolicy,
+        reply: str = "sorry about that",
+        choose: Callable[[tuple[int, ...]], int] = lambda allowed: allowed[0],
+    ) -> None:
         self._ids = policy.responder.tokenizer.encode(reply, add_special_tokens=False)
+        self._choose = choose
 
     def generators(self) -> dict[str, Any]:
         return {EXPERT: self._generate, RESPONDER: self._generate}
 
     async def _generate(self, tokens: list[int], sampling: Any) -> Generation:
         if sampling.allowed:
-            return Generation([sampling.allowed[0]], [-1.0])
+            return Generation([self._choose(sampling.allowed)], [-1.0])
         return Generation([*self._ids, sampling.stop_token], [-0.5] * (len(self._ids) + 1))
-
-
-@pytest.fixture
-def engine(policy: TwoLevelPolicy) -> Engine:
-    return Engine(policy)
