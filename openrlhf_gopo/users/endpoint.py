@@ -77,7 +77,7 @@ class Endpoint:
 
     def __init__(self, model: str, url: str, config: LlmConfig) -> None:
         self.model, self.url, self.config = model, _checked(model, url), config
-        self.name = f"llm:{model}@{self.url}"
+        self.flag = f"--gopo.user llm:{model}@{self.url}"  # begins every message
         self.usage = Usage()
         self._cache = Cache(config.cache)
         self._lock = threading.Lock()
@@ -131,7 +131,7 @@ class Endpoint:
             tries = retrying.statistics["attempt_number"]
             problem = f"{error} after {tries} {'try' if tries == 1 else 'tries'}"
         raise DialogueError(
-            f"{self.name}: {problem}; --gopo.llm.timeout and --gopo.llm.attempts say how long it is tried"
+            f"{self.flag}: {problem}; --gopo.llm.timeout and --gopo.llm.attempts say how long it is tried"
         )
 
     def _post(self, body: dict[str, Any], until: float) -> bytes:
@@ -139,7 +139,7 @@ class Endpoint:
         left = until - time.monotonic()
         if left <= 0 or not self._free.acquire(timeout=left):
             raise DialogueError(
-                f"{self.name}: no turn among --gopo.llm.concurrency {self.config.concurrency} requests before "
+                f"{self.flag}: no turn among --gopo.llm.concurrency {self.config.concurrency} requests before "
                 "--gopo.user_timeout; raise one of them"
             )
         try:
@@ -164,7 +164,7 @@ class Endpoint:
             for chunk in response.iter_bytes():
                 raw += chunk
                 if len(raw) > MAX_BODY:
-                    raise DialogueError(f"{self.name}: an answer of more than {MAX_BODY} bytes (endpoint.MAX_BODY)")
+                    raise DialogueError(f"{self.flag}: an answer of more than {MAX_BODY} bytes (endpoint.MAX_BODY)")
                 if time.monotonic() > end:  # httpx times single reads, and an endpoint may drip
                     raise _Transient(f"no answer in --gopo.llm.timeout {self.config.timeout} s")
         if len(key) >= _KEY_LENGTH:  # some endpoints echo it
@@ -174,7 +174,7 @@ class Endpoint:
             raise _Transient(f"status {status}: {_excerpt(raw)}", _seconds(response.headers.get("retry-after")))
         if status != 200:
             hint = _HINTS.get(status, "").format(key=self.config.api_key_env)
-            raise DialogueError(f"{self.name}: status {status}: {_excerpt(raw)}{'; ' if hint else ''}{hint}")
+            raise DialogueError(f"{self.flag}: status {status}: {_excerpt(raw)}{'; ' if hint else ''}{hint}")
         return raw
 
     def _key(self) -> str:
@@ -194,12 +194,12 @@ class Endpoint:
                 budget = getattr(self.config, flag)
                 if budget is not None and used >= budget:
                     raise DialogueError(
-                        f"{self.name}: --gopo.llm.{flag} {budget} is spent in this process ({self.usage.requests} "
+                        f"{self.flag}: --gopo.llm.{flag} {budget} is spent in this process ({self.usage.requests} "
                         f"requests, {self.usage.tokens} tokens); raise it, or set --gopo.llm.cache"
                     )
             self.usage.requests += 1
             if self.usage.requests % REPORT_EVERY == 0:
-                logger.info("%s: %s", self.name, self.usage)
+                logger.info("%s: %s", self.flag, self.usage)
 
     def _read(self, raw: bytes) -> Answer:
         """The text in a chat completion; counts its tokens."""
@@ -209,12 +209,12 @@ class Endpoint:
             text, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
             prompt, completion = int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise DialogueError(f"{self.name}: not a chat completion: {_excerpt(raw)}") from None
+            raise DialogueError(f"{self.flag}: not a chat completion: {_excerpt(raw)}") from None
         if not isinstance(text, str):
-            raise DialogueError(f"{self.name}: a chat completion without text: {_excerpt(raw)}")
+            raise DialogueError(f"{self.flag}: a chat completion without text: {_excerpt(raw)}")
         if self.config.budget_tokens is not None and prompt + completion == 0:
             raise DialogueError(
-                f"{self.name}: does not count tokens, --gopo.llm.budget_tokens {self.config.budget_tokens} cannot be "
+                f"{self.flag}: does not count tokens, --gopo.llm.budget_tokens {self.config.budget_tokens} cannot be "
                 "kept; use --gopo.llm.budget_requests"
             )
         with self._lock:

@@ -72,7 +72,7 @@ class LlmUser(UserSimulator):
             if fault is None:
                 return said
         raise DialogueError(
-            f"{self.endpoint.name}: {WORDINGS} wordings of {cue.draft!r} failed, the last {fault}: {said[:120]!r}; "
+            f"{self.endpoint.flag}: {WORDINGS} wordings of {cue.draft!r} failed, the last {fault}: {said[:120]!r}; "
             "use a more capable model, or another --gopo.llm.temperature"
         )
 
