@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -67,6 +68,16 @@ def test_the_model_is_told_what_the_customer_knows(server):
         "draft": "the order number is A5",
     }
     assert 0 <= body["seed"] < 2**31
+
+
+def test_the_seed_of_a_request_follows_dialogue_and_turn(server):
+    """A key is (goal, dialogue seed, turn): the same words meant elsewhere are sampled anew."""
+    keys = ["g/1/0", "g/2/0", "g/1/1", "h/1/0", "g/1/0"]
+    for key in keys:
+        user(server).say(replace(CUE, key=key))
+    seeds = [body["seed"] for body in server.bodies]
+    assert len(set(seeds)) == 4
+    assert seeds[0] == seeds[4]
 
 
 @pytest.mark.parametrize(
