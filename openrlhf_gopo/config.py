@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
@@ -64,11 +66,61 @@ class PreferenceConfig:
 
 
 @dataclass(frozen=True)
+class LlmConfig:
+    """``--gopo.llm.*``: how the user simulator ``llm:MODEL@URL`` asks its endpoint. The key itself is no part of it."""
+
+    temperature: float = flag(0.7, "sampling temperature")
+    max_new_tokens: int = flag(80, "token cap of one utterance")
+    timeout: float = flag(15.0, "seconds of one request; all tries of an utterance stay below --gopo.user_timeout")
+    attempts: int = flag(4, "tries of a request that meets 429, 5xx, a timeout or a broken connection")
+    concurrency: int = flag(16, "requests under way at once, per process (one per vLLM engine of the responder)")
+    budget_requests: int = flag(None, "requests of one process, tries included, after which dialogues fail", kind=int)
+    budget_tokens: int = flag(None, "tokens of one process, prompts included, after which dialogues fail", kind=int)
+    cache: str = flag(None, "SQLite file that keeps every answer: equal seeds replay without a request", kind=str)
+    api_key_env: str = flag("OPENAI_API_KEY", "environment variable that holds the key, if the endpoint wants one")
+    extra_body: str = flag(
+        None, "JSON object merged into every request; a null takes a field out, as max_tokens for some models", kind=str
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, "--gopo.llm.temperature", self.temperature, "give 0 or more")
+        _require(self.timeout > 0, "--gopo.llm.timeout", self.timeout, "give a positive number of seconds")
+        for name in ("max_new_tokens", "attempts", "concurrency", "budget_requests", "budget_tokens"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"--gopo.llm.{name}", value, "give 1 or more")
+        _require(
+            re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env) is not None,
+            "--gopo.llm.api_key_env",
+            "(not shown)",  # somebody may have given the key itself
+            "give the name of an environment variable, not the key",
+        )
+        self.extra()
+
+    def extra(self) -> dict[str, Any]:
+        """``extra_body`` as an object."""
+        try:
+            extra = json.loads(self.extra_body or "{}")
+        except ValueError:
+            extra = None
+        _require(
+            isinstance(extra, dict), "--gopo.llm.extra_body", self.extra_body, 'give a JSON object, as {"top_p": 1}'
+        )
+        return extra
+
+
+@dataclass(frozen=True)
 class GopoConfig:
     """``--gopo.*``: everything that is not an upstream flag."""
 
     env: str = flag(None, "environment: shop, star, an entry point, or path/to/file.py:ClassName", kind=str)
     data: str = flag(None, "data of the environment (star: folder in STAR's upstream layout; shop: en or zh)", kind=str)
+    user: str = flag(
+        None,
+        "who words the customers: agenda (shop's own), replay (star's own), llm:MODEL@URL (OpenAI-compatible; URL as "
+        "in http://localhost:8000/v1), an entry point, path/to/file.py:ClassName, or a mixture by weight, drawn per "
+        "dialogue: agenda=0.7,llm:MODEL@URL=0.3; default: the environment's own",
+        kind=str,
+    )
     policy: str = flag(
         "two_level",
         "expert and responder; or single_level: the --actor.* model picks the strategy and writes the reply, and "
@@ -120,6 +172,7 @@ class GopoConfig:
     results_dir: str = flag(None, "folder of tables, curves, transcripts; default: OUTPUT_DIR/results", kind=str)
     dry_run: bool = flag(False, "check data, template, labels, token budgets and batch arithmetic, then stop")
     pref: PreferenceConfig = field(default_factory=PreferenceConfig)
+    llm: LlmConfig = field(default_factory=LlmConfig)
 
     def __post_init__(self) -> None:
         _check_choices(self, "gopo")
@@ -138,6 +191,12 @@ class GopoConfig:
             "the expert has no term left to learn from; raise it or --gopo.expert_pg_coef",
         )
         _require(self.user_timeout > 0, "--gopo.user_timeout", self.user_timeout, "give a positive number of seconds")
+        _require(
+            "llm:" not in (self.user or "") or self.llm.timeout < self.user_timeout,
+            "--gopo.llm.timeout",
+            self.llm.timeout,
+            f"give less than --gopo.user_timeout {self.user_timeout}",
+        )
         _require(
             0 <= self.max_failure_rate <= 1, "--gopo.max_failure_rate", self.max_failure_rate, "give a share in [0, 1]"
         )
@@ -191,13 +250,14 @@ def flags(cls: type) -> Iterator[Field]:
 
 
 def from_flags(values: Mapping[str, Any]) -> GopoConfig:
-    """Build the config from flat flag values keyed ``gopo.<field>`` and ``gopo.pref.<field>``.
+    """Build the config from flat flag values keyed ``gopo.<field>``, ``gopo.pref.<field>`` and ``gopo.llm.<field>``.
 
     Raises:
         ConfigError: a value is out of range.
     """
     pref = PreferenceConfig(**{f.name: values[f"gopo.pref.{f.name}"] for f in flags(PreferenceConfig)})
-    return GopoConfig(**{f.name: values[f"gopo.{f.name}"] for f in flags(GopoConfig)}, pref=pref)
+    llm = LlmConfig(**{f.name: values[f"gopo.llm.{f.name}"] for f in flags(LlmConfig)})
+    return GopoConfig(**{f.name: values[f"gopo.{f.name}"] for f in flags(GopoConfig)}, pref=pref, llm=llm)
 
 
 def default(f: Field) -> Any:

@@ -126,7 +126,10 @@ class Stream:
 
 @dataclass
 class Trajectory:
-    """One dialogue to its end. ``streams`` is keyed by role, ``rewards`` by metric name (``tse`` in [0, 100])."""
+    """One dialogue to its end. ``streams`` is keyed by role, ``rewards`` by metric name (``tse`` in [0, 100]).
+
+    ``user`` names the user simulator, where the environment tells.
+    """
 
     goal: Goal
     sample: int
@@ -136,6 +139,7 @@ class Trajectory:
     streams: dict[str, Stream] = field(default_factory=dict)
     rewards: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    user: str | None = None
 
     @property
     def completed(self) -> tuple[str, ...]:

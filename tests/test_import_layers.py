@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "openrlhf_gopo"
 STACK = ["openrlhf", "ray", "vllm", "deepspeed"]
 TORCH = ["torch", "transformers", "numpy"]
-OTHERS = ["graphviz", "jinja2", "matplotlib", "pydantic", "yaml", "rich", "sacrebleu", "tqdm"]
+OTHERS = ["graphviz", "httpx", "jinja2", "matplotlib", "pydantic", "yaml", "rich", "sacrebleu", "tenacity", "tqdm"]
 HIGH = [f"openrlhf_gopo.{name}" for name in ("runtime", "platform", "cli")]
 MIDDLE = ["sop", "envs", "users", "policy", "rollout", "rewards", "evaluation", "logs"]
 
@@ -20,6 +20,7 @@ FORBIDDEN = {
     "types": [*STACK, *TORCH, *OTHERS, *HIGH],
     "config": [*STACK, *TORCH, *OTHERS, *HIGH],
     "errors": [*STACK, *TORCH, *OTHERS, *HIGH],
+    "plugins": [*STACK, *TORCH, *OTHERS, *HIGH],
     "core": [*STACK, *OTHERS, *HIGH, "transformers", *(f"openrlhf_gopo.{name}" for name in MIDDLE)],
     "envs": [*STACK, *HIGH, "openrlhf_gopo.core"],
     **{name: [*STACK, *HIGH] for name in MIDDLE if name != "envs"},

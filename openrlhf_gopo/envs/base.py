@@ -17,14 +17,19 @@ from typing import ClassVar
 
 from openrlhf_gopo.sop import Procedure
 from openrlhf_gopo.types import Goal, Observation, Outcome, Strategy
+from openrlhf_gopo.users.base import AsDrafted, Share, Users, Voice
 
 SPLITS = ("train", "heldout")
 
 
 class Dialogue(ABC):
-    """One conversation: read ``opening``, then alternate ``briefing`` and ``step`` until an outcome stops it."""
+    """One conversation: read ``opening``, then alternate ``briefing`` and ``step`` until an outcome stops it.
+
+    ``user``: name of the user simulator, for slices; None where there is no choice of one.
+    """
 
     opening: Observation
+    user: str | None = None
 
     @abstractmethod
     def briefing(self, strategy: str) -> str:
@@ -56,11 +61,15 @@ class Environment(ABC):
     """Catalogue + SOP + goals + user simulator + success rule.
 
     ``blocking``: True when a dialogue's methods may wait (network, disk); the rollout then calls them from a thread.
+    ``own_user``: name of the own user simulator, where dialogues speak through ``voice``; None where --gopo.user cannot
+    exchange it. ``users``: the simulators of --gopo.user.
     """
 
     name: ClassVar[str]
-    blocking: ClassVar[bool] = True
+    blocking: bool = True
     max_turns: int = 16
+    own_user: ClassVar[str | None] = None
+    users: Users | None = None
 
     @classmethod
     @abstractmethod
@@ -90,3 +99,8 @@ class Environment(ABC):
     @abstractmethod
     def start(self, goal: Goal, seed: int) -> Dialogue:
         """A fresh dialogue. Equal (goal, seed, strategies, replies) give equal transcripts."""
+
+    def voice(self, goal: Goal, seed: int) -> Voice:
+        """How the customer of the dialogue (goal, seed) speaks; ``start`` hands it to the dialogue."""
+        users = self.users or Users([Share(self.own_user, AsDrafted())])
+        return users.draw(goal.persona, f"{goal.id}/{seed}")

@@ -49,8 +49,9 @@ class Shop(Environment):
     """The service desk, in one language. It generates its goals and reads no data."""
 
     name: ClassVar[str] = "shop"
-    blocking: ClassVar[bool] = False
+    blocking: bool = False
     max_turns: int = 12
+    own_user: ClassVar[str | None] = "agenda"
 
     def __init__(self, language: str = "en") -> None:
         """``language``: one of LANGUAGES. Goal ids and all dynamics are the same in each."""
@@ -84,4 +85,4 @@ class Shop(Environment):
         return {self.name: PROCEDURE}
 
     def start(self, goal: Goal, seed: int) -> ShopDialogue:
-        return ShopDialogue(goal, seed, self.max_turns, self._texts)
+        return ShopDialogue(goal, seed, self.max_turns, self._texts, self.voice(goal, seed))

@@ -14,6 +14,7 @@ from openrlhf_gopo.errors import DialogueError, SopError
 from openrlhf_gopo.rewards.text import mentions
 from openrlhf_gopo.types import Goal, Observation, Outcome, StopReason
 from openrlhf_gopo.users.agenda import AgendaUser
+from openrlhf_gopo.users.base import Voice
 
 _DESKS = {desk: SOP.part(desk) for desk in ("presale", "orders", "payment")}
 _PERSONAL = frozenset({"identity", "budget", "address"})  # facts that a customer without trust keeps back
@@ -28,9 +29,10 @@ _MIN_TRUST_TO_BUY = 0.25
 class ShopDialogue(Dialogue):
     """One customer at one desk; single use."""
 
-    def __init__(self, goal: Goal, seed: int, max_turns: int, texts: Texts) -> None:
+    def __init__(self, goal: Goal, seed: int, max_turns: int, texts: Texts, voice: Voice) -> None:
         self.goal = goal
         self._texts = texts
+        self.user, self._voice, self._heard = voice.name, voice, ""
         self._key = f"{goal.id}/{seed}"
         self._max_turns = max_turns
         self._task = TASKS[goal.intent]
@@ -75,6 +77,7 @@ class ShopDialogue(Dialogue):
         due = self.relevance()[strategy] >= 2
         understood = self._understood(strategy, reply)
         self._history.append(strategy)
+        self._heard = reply
         kind, acts = self._play(strategy, rng) if understood or strategy == "close" else ("confused", ["confused"])
         reaction = self._user.feel(kind)
         self._last = kind
@@ -253,7 +256,7 @@ class ShopDialogue(Dialogue):
                 acts += [act for fact in self._task.told for act in self._telling(fact)]
                 self._marks.update(self._task.told)
         # A fact told unasked is no subgoal completed by the agent; marks made here count as done from the start.
-        return self._observe(self._user.say(rng, acts, self._slots, flavour=0.7))
+        return self._observe(self._say(rng, acts, flavour=0.7))
 
     def _telling(self, fact: str) -> list[str]:
         if fact != "need":
@@ -265,7 +268,13 @@ class ShopDialogue(Dialogue):
         if "need" in self._marks and rng.random() < 0.6 and _RELUCTANT.isdisjoint(acts):
             waiting = (f"want.{step.mark}" for step in self._steps if step.mark not in self._marks)
             acts = acts + [act for act in waiting if act in self._texts.phrases][:1]
-        return self._user.say(rng, acts, self._slots)
+        return self._say(rng, acts)
+
+    def _say(self, rng: random.Random, acts: list[str], flavour: float = 0.1) -> str:
+        draft = self._user.say(rng, acts, self._slots, flavour)
+        values = self._user.values(acts, self._slots, draft)
+        told = {fact: value for fact, value in self.goal.facts.items() if fact in self._marks}
+        return self._voice.say(draft, values=values, acts=acts, told=told, heard=self._heard)
 
     def _observe(self, user: str) -> Observation:
         self._allowed = self._sop.allowed(self._history, self._facts())

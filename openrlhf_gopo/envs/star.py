@@ -38,6 +38,7 @@ class Star(Environment):
     name = "star"
     blocking = False
     max_turns = 14
+    own_user = "replay"
 
     def __init__(self, tasks: Mapping[str, Task], records: Sequence[Record]) -> None:
         self.census: Counter[str] = Counter(dialogues=len(records))
@@ -77,7 +78,7 @@ class Star(Environment):
         script, manual = self.human(goal)
         rng = random.Random(f"{goal.id}/{seed}")
         user = ReplayUser(script.said, self._pools[goal.intent], self._everyone, rng)
-        return StarDialogue(goal, script, manual, user)
+        return StarDialogue(goal, script, manual, user, self.voice(goal, seed))
 
     def human(self, goal: Goal) -> tuple[Script, Manual]:
         """The human dialogue behind ``goal``, and the manual of its task.

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from openrlhf_gopo.envs.base import Dialogue
-from openrlhf_gopo.envs.star_script import Round, Script, report_ids
+from openrlhf_gopo.envs.star_script import CLEAR, Round, Script, report_ids
 from openrlhf_gopo.envs.star_sop import BYE, CONFUSED, HELLO, MORE, Manual, describe
 from openrlhf_gopo.errors import DialogueError, SopError
+from openrlhf_gopo.rewards.text import mentions
 from openrlhf_gopo.types import Goal, Observation, Outcome, StopReason
+from openrlhf_gopo.users.base import Voice
 from openrlhf_gopo.users.replay import Answer, ReplayUser
 
 # The user's reaction as engagement, by the source of their words; off task they have less to say.
@@ -51,8 +53,9 @@ class StarDialogue(Dialogue):
     whether a query found something missing since the user last told a slot (``stale``).
     """
 
-    def __init__(self, goal: Goal, script: Script, manual: Manual, user: ReplayUser) -> None:
+    def __init__(self, goal: Goal, script: Script, manual: Manual, user: ReplayUser, voice: Voice) -> None:
         self._goal, self._script, self._manual, self._user = goal, script, manual, user
+        self.user, self._voice = voice.name, voice
         self._history: list[str] = []
         self._told = set(script.opening.tells)
         # A slot the API requires but this goal's wizard never entered has a default.
@@ -64,7 +67,7 @@ class StarDialogue(Dialogue):
         self._off_task = 0
         self._over = False
         self._replayed: list[str] = []  # strategies of this segment, for "what the human did next"
-        self.opening = Observation(script.opening.text, self._allowed())
+        self.opening = Observation(self._say(Answer(script.opening.text, "own", script.opening.tells)), self._allowed())
 
     # -- what the agent is told ------------------------------------------------------------------------------------
 
@@ -123,7 +126,7 @@ class StarDialogue(Dialogue):
         completed += [f"slot:{slot}" for slot in sorted(answer.tells) if f"slot:{slot}" in self._goal.subgoals]
         completed = [name for name in dict.fromkeys(completed) if name not in self._completed]
         self._completed.update(completed)
-        return self._react(answer, events, completed, on_task or bool(completed))
+        return self._react(answer, reply, events, completed, on_task or bool(completed))
 
     def _close(self, on_task: bool) -> Outcome:
         self._over = True
@@ -138,7 +141,7 @@ class StarDialogue(Dialogue):
             stop=StopReason.COMPLETED if done else StopReason.CLOSED,
         )
 
-    def _react(self, answer: Answer, events: list[str], completed: list[str], on_task: bool) -> Outcome:
+    def _react(self, answer: Answer, reply: str, events: list[str], completed: list[str], on_task: bool) -> Outcome:
         self._off_task = 0 if on_task else self._off_task + 1
         if self._off_task >= self._goal.persona["patience"]:
             self._over = True
@@ -148,8 +151,15 @@ class StarDialogue(Dialogue):
             completed=tuple(completed),
             engagement=(ENGAGEMENT if on_task else OFF_TASK)[answer.source],
             on_task=on_task,
-            next=Observation(answer.text, self._allowed()),
+            next=Observation(self._say(answer, reply), self._allowed()),
         )
+
+    def _say(self, answer: Answer, heard: str = "") -> str:
+        """The replayed words, or another simulator's wording of them that keeps this goal's values."""
+        told = {slot: value for slot, value in self._values().items() if slot in self._told}
+        stated = (v for _, v in self._script.values if v.casefold() not in CLEAR and mentions(answer.text, v))
+        acts = [f"tell {slot}" for slot in sorted(answer.tells)] or ["answer"]
+        return self._voice.say(answer.text, values=stated, acts=acts, told=told, heard=heard)
 
     def _play(self, strategy: str) -> tuple[Answer, list[str], list[str]]:
         """The user's answer, the subgoals completed (slots apart), and the events."""

@@ -140,6 +140,10 @@ def _number(value: Any) -> float:
     return float(_is("a number", int, float)(value))
 
 
+def _optional_text(value: Any) -> str | None:
+    return None if value is None else _text(value)
+
+
 def _anything(value: Any) -> Any:
     return value
 
@@ -189,5 +193,6 @@ _TRAJECTORY: dict[str, Check] = {
     "stop": _stop,
     "streams": _map_of(lambda value: _build(Stream, _STREAM, value)),
     "rewards": _map_of(_number),
-    "error": lambda value: None if value is None else _text(value),
+    "error": _optional_text,
+    "user": _optional_text,
 }

@@ -82,6 +82,7 @@ def _converse(env: Environment, trajectory: Trajectory, policy: ScriptedPolicy, 
     """Fill ``trajectory.turns`` until the dialogue ends; the reason why it did."""
     order = [strategy.id for strategy in env.catalogue(trajectory.goal)]
     dialogue = env.start(trajectory.goal, trajectory.seed)
+    trajectory.user = dialogue.user
     seen = dialogue.opening
     while len(trajectory.turns) < env.max_turns:
         relevance = dict(dialogue.relevance())

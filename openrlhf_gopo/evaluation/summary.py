@@ -141,15 +141,20 @@ def paired_difference(before: Summary, after: Summary, resamples: int = RESAMPLE
 
 
 def slices(trajectories: Sequence[Trajectory]) -> dict[str, list[Trajectory]]:
-    """Group dialogues by task (``intent: ...``) and by each persona trait (``key: value``), sorted by name.
+    """Group dialogues by task (``intent: ...``), user simulator (``user: ...``) where there is more than one, and each
+    persona trait (``key: value``), sorted by name.
 
     Persona keys with more than ``MAX_SLICE_VALUES`` different values are left out.
     """
     groups: dict[str, dict[str, list[Trajectory]]] = defaultdict(lambda: defaultdict(list))
     for trajectory in trajectories:
         groups["intent"][f"intent: {trajectory.goal.intent}"].append(trajectory)
+        if trajectory.user:
+            groups["user"][f"user: {trajectory.user}"].append(trajectory)
         for key, value in trajectory.goal.persona.items():
             groups[f"persona {key}"][f"persona {key}: {value}"].append(trajectory)
+    if len(groups["user"]) == 1:
+        del groups["user"]
     kept = (group for key, group in groups.items() if key == "intent" or len(group) <= MAX_SLICE_VALUES)
     return {name: members for group in kept for name, members in sorted(group.items())}
 

@@ -87,7 +87,7 @@ class _Run:
         await self._open()
         dialogue = await self.call(lambda: self.env.start(self.goal, self.trajectory.seed))
         with self._blame():
-            observation = dialogue.opening
+            self.trajectory.user, observation = dialogue.user, dialogue.opening
             self._check_allowed(observation.allowed)
         reply: str | None = None
         for _ in range(self.limits.max_turns):

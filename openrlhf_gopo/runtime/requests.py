@@ -14,6 +14,7 @@ from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
 from openrlhf_gopo.rollout.dialogue import Limits
 from openrlhf_gopo.types import Goal
+from openrlhf_gopo.users import UserSpec
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class PolicySpec:
     single_level: bool = False
     plan_tokens: int = 0
     use_fast: bool = True
+    user: UserSpec | None = None
 
 
 @dataclass
@@ -67,6 +69,7 @@ def policy_spec(args: SimpleNamespace, config: GopoConfig) -> PolicySpec:
         config.policy == "single_level",
         config.expert_plan_tokens if config.expert_mode == "plan" else 0,
         not args.data.disable_fast_tokenizer,
+        UserSpec(config.user, config.llm, config.user_timeout) if config.user else None,
     )
 
 
@@ -79,7 +82,7 @@ def build_policy(spec: PolicySpec) -> tuple[Environment, TwoLevelPolicy]:
     """
     from transformers import AutoTokenizer  # not upstream's wrapper: a dry run needs no OpenRLHF import
 
-    env = load_environment(spec.env, spec.data)
+    env = load_environment(spec.env, spec.data, spec.user)
 
     def load(flag: str, path: str) -> Any:
         try:

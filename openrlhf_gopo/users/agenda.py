@@ -12,6 +12,9 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from string import Formatter
+
+from openrlhf_gopo.rewards.text import mentions
 
 
 @dataclass(frozen=True)
@@ -114,3 +117,9 @@ class AgendaUser:
         for end in "?!？！":  # no comma after these
             text = text.replace(end + self._comma[0], end)
         return text
+
+    def values(self, acts: Sequence[str], slots: Mapping[str, object], words: str) -> list[str]:
+        """The values of ``slots`` that ``words``, said for ``acts``, tell."""
+        phrases = [phrase for act in acts for phrase in self._phrases[act]]
+        names = dict.fromkeys(name for phrase in phrases for _, name, _, _ in Formatter().parse(phrase) if name)
+        return [value for name in names if mentions(words, value := str(slots[name]))]

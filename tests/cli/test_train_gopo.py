@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("openrlhf")
 
 from openrlhf_gopo.cli import train_gopo
-from openrlhf_gopo.config import GopoConfig, PreferenceConfig, default, flags
+from openrlhf_gopo.config import GopoConfig, LlmConfig, PreferenceConfig, default, flags
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
 from openrlhf_gopo.runtime import checks
@@ -88,7 +88,7 @@ def test_help_shows_the_groups_and_our_flags_with_their_defaults(capsys) -> None
     text = " ".join(capsys.readouterr().out.split())
     for name, what in train_gopo.SECTIONS.items():
         assert f" {name}.*: {what} " in text
-    for cls, prefix in ((GopoConfig, "gopo"), (PreferenceConfig, "gopo.pref")):
+    for cls, prefix in ((GopoConfig, "gopo"), (PreferenceConfig, "gopo.pref"), (LlmConfig, "gopo.llm")):
         for f in flags(cls):
             assert f"--{prefix}.{f.name}" in text
             assert f.metadata["help"] in text
@@ -115,7 +115,7 @@ def test_no_flag_of_upstream_is_missing() -> None:
 
 def test_the_readme_lists_every_flag_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `--(gopo\.\S+)` \| ([^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE))
-    configs = ((GopoConfig, "gopo"), (PreferenceConfig, "gopo.pref"))
+    configs = ((GopoConfig, "gopo"), (PreferenceConfig, "gopo.pref"), (LlmConfig, "gopo.llm"))
     known = {f"{prefix}.{f.name}": f for cls, prefix in configs for f in flags(cls)}
     assert rows.keys() == known.keys()
     for name, f in known.items():
@@ -303,6 +303,23 @@ def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsy
         ("--gopo.data folder", r"--gopo\.data folder: the environment shop generates its goals"),
         ("--rollout.batch_size 16384", r"--rollout\.batch_size 16384: shop has 10240 training goals; lower it"),
         ("--data.max_samples 4", r"--rollout\.batch_size 8: shop has 4 training goals; lower it"),
+        # users
+        (
+            "--gopo.user nosuch",
+            r"--gopo\.user nosuch: no such user simulator; choose one of agenda, llm:MODEL@URL, or path",
+        ),
+        ("--gopo.user llm:m@nowhere", r"--gopo\.user llm:m: write llm:MODEL@URL, as in"),
+        ("--gopo.user agenda=x,agenda=1", r"--gopo\.user agenda=x: in a mixture every simulator has a weight"),
+        (
+            "--gopo.user llm:m@http://127.0.0.1:9/v1 --gopo.llm.attempts 1",
+            r"--gopo\.user llm:m@http://127\.0\.0\.1:9/v1: ConnectError .* after 1 try",
+        ),
+        (
+            "--gopo.user llm:m@http://127.0.0.1:9/v1 --gopo.user_timeout 5",
+            r"--gopo\.llm\.timeout 15\.0: give less than --gopo\.user_timeout 5\.0",
+        ),
+        ("--gopo.llm.temperature -1", r"--gopo\.llm\.temperature -1\.0: give 0 or more"),
+        ("--gopo.llm.extra_body top_p", r"--gopo\.llm\.extra_body top_p: give a JSON object"),
         # tokenizer, labels, context
         (
             "--actor.model_name_or_path /no/such/model",
