@@ -170,22 +170,21 @@ def _trap(sop: Sop, of: Mapping[str, Need], budget: Budget) -> State | None:
         state = State(state.history, state.facts | told)
         return find(of, Target(opens=sop.terminal), moves, budget, state) is None and not budget.exceeded
 
-    seen, tried = set(), set()
+    seen = set()
     waiting = deque([State()])
     while waiting:
         state = waiting.popleft()
-        used = frozenset(state.history)
-        if (used, state.facts & closing) in seen:
+        used = frozenset(state.history)  # the facts known follow from it
+        if used in seen:
             continue
-        seen.add((used, state.facts & closing))
+        seen.add(used)
         if not budget.take():
             return None
-        if used not in tried and lost(state, closing):
+        if lost(state, closing):
             told = closing
             for fact in sorted(closing):
                 told = told - {fact} if lost(state, told - {fact}) else told
             return State(state.history, state.facts | told)
-        tried.add(used)
         waiting += [state.use(s, of[s]) for s in scope if s not in used and state.usable(s, of[s])]
     return None
 
