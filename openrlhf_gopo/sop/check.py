@@ -8,7 +8,7 @@ unreachable     a strategy, or a mandatory step, that no dialogue can use
 dead end        a dialogue in which nothing is free before the end: ``Sop.allowed`` falls back on the terminal ones
 trap            a dialogue from which no terminal strategy can be reached any more, however long it goes on
 
-What is assumed. Facts are only ever learned. The user, or the shop's own systems, may tell any fact at any time, or
+What is assumed. Facts are only ever learned. The user, or the environment's systems, may tell any fact at any time, or
 never. A strategy that asks for a fact makes it known; with ``answered=False`` a question may also stay unanswered.
 
 Exactness. Every finding holds: dead ends and traps come with a dialogue that leads there. Where ``Report.complete`` is
