@@ -8,7 +8,7 @@ unreachable     a strategy, or a mandatory step, that no dialogue can use
 dead end        a dialogue in which nothing is free before the end: ``Sop.allowed`` falls back on the terminal ones
 trap            a dialogue from which no terminal strategy can be reached any more, however long it goes on
 
-What is assumed. Facts are only ever learned. The user, or the shop's own systems, may tell any fact at any time, or
+What is assumed. Facts are only ever learned. The user, or the environment's systems, may tell any fact at any time, or
 never. A strategy that asks for a fact makes it known; with ``answered=False`` a question may also stay unanswered.
 
 Exactness. Every finding holds: dead ends and traps come with a dialogue that leads there. Where ``Report.complete`` is
@@ -170,22 +170,21 @@ def _trap(sop: Sop, of: Mapping[str, Need], budget: Budget) -> State | None:
         state = State(state.history, state.facts | told)
         return find(of, Target(opens=sop.terminal), moves, budget, state) is None and not budget.exceeded
 
-    seen, tried = set(), set()
+    seen = set()
     waiting = deque([State()])
     while waiting:
         state = waiting.popleft()
-        used = frozenset(state.history)
-        if (used, state.facts & closing) in seen:
+        used = frozenset(state.history)  # the facts known follow from it
+        if used in seen:
             continue
-        seen.add((used, state.facts & closing))
+        seen.add(used)
         if not budget.take():
             return None
-        if used not in tried and lost(state, closing):
+        if lost(state, closing):
             told = closing
             for fact in sorted(closing):
                 told = told - {fact} if lost(state, told - {fact}) else told
             return State(state.history, state.facts | told)
-        tried.add(used)
         waiting += [state.use(s, of[s]) for s in scope if s not in used and state.usable(s, of[s])]
     return None
 

@@ -85,10 +85,9 @@ def _reasons(strategy: str, need: Need) -> Iterator[Guess]:
 
 def _reach(sop: Sop, of: Mapping[str, Need], guess: Guess, budget: Budget) -> State | None:
     uses = {s: (of[s].max_uses or 1) if s in guess.full else 1 for s in guess.used}
-    # Only a limit on a strategy that may not be repeated at once needs others in between.
-    between = any(of[strategy].no_repeat for strategy in guess.full)
-    helpful = sop.strategies if between else closure(of, guess.used)
-    moves = [s for s in sop.strategies if s in helpful and s not in guess.unused]
+    # Nothing else helps: those at their limit and the last one are free until then, so they can take turns.
+    helpful = closure(of, guess.used) - guess.unused
+    moves = [strategy for strategy in sop.strategies if strategy in helpful]
     last = guess.last[0] if guess.last else None
     state = find(of, Target(uses, last), moves, budget, untold=guess.unknown)
     return state and State(state.history, state.facts | guess.known)

@@ -131,7 +131,6 @@ def find(
     """
     repeats = target.last is not None or any(count > 1 for count in target.uses.values())
     moves = [move for move in moves if untold_by(of[move], untold)]
-    closing = NONE.union(*(of[s].without for s in (*moves, *target.opens)))
     seen = set()
     stack = [start or State()]
     while stack:
@@ -140,7 +139,7 @@ def find(
             return state
         last = state.history[-1] if repeats and state.history else None
         counts = tuple(min(state.history.count(move), _cap(move, of, target, repeats)) for move in moves)
-        key = (counts, state.facts & closing, last)
+        key = (counts, last)  # the facts follow from what was used
         if key in seen:
             continue
         seen.add(key)

@@ -230,6 +230,15 @@ rules:
 """,
             "dead end", "", "12", "", "after b, a, b with x known, no rule leaves a strategy",
         ),
+        (  # b contradicts itself, and that is why c is lost
+            """\
+rules:
+  - {strategy: b, requires_facts: [y]}
+  - {strategy: b, without_facts: [y]}
+  - {strategy: c, after_any: [b]}
+""",
+            "unreachable", "c", "11", "", "'c' can never be used: it comes after 'b', which cannot either",
+        ),
         (  # once y is told nothing leads to the end; a, b and c go round for ever
             """\
 rules:
@@ -253,14 +262,35 @@ def test_each_finding_names_its_rule_and_line(tmp_path, body, kind, strategy, li
     assert any(f[:4] == (kind, strategy, line, also) and words in f[4] for f in found), found
 
 
-def test_a_rule_that_only_looks_dangerous_is_no_finding(tmp_path):
-    body = """\
+@pytest.mark.parametrize(
+    "body",
+    [
+        """\
 mandatory: [b]
 rules:
   - {strategy: a, no_repeat: true}
   - {strategy: b, after: [a], max_uses: 1}
   - {strategy: c, not_after: [b], without_facts: [x], max_uses: 2, no_repeat: true}
-"""
+""",
+        # nothing comes after the end, so it closes nothing
+        """\
+rules:
+  - {strategy: a, not_after: [end]}
+  - {strategy: b, not_after: [end]}
+  - {strategy: c, not_after: [end]}
+  - {strategy: end, max_uses: 1}
+""",
+        # c closes a, but comes after it, and the answer to a opens the end
+        """\
+rules:
+  - {strategy: a, not_after: [c]}
+  - {strategy: b, requires_facts: [z]}
+  - {strategy: c, after_any: [a, b], max_uses: 1}
+  - {strategy: end, requires_facts: [x]}
+""",
+    ],
+)
+def test_a_rule_that_only_looks_dangerous_is_no_finding(tmp_path, body):
     assert findings(tmp_path, body) == []
 
 
