@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from openrlhf_gopo.envs.base import Dialogue, Environment
+from openrlhf_gopo.envs.guided import GuidedDialogue
 from openrlhf_gopo.plugins import find_class
 from openrlhf_gopo.users import UserSpec, load_users
 
-__all__ = ["Dialogue", "Environment", "load_environment"]
+__all__ = ["Dialogue", "Environment", "GuidedDialogue", "load_environment"]
 
 BUILTIN = {"shop": "openrlhf_gopo.envs.shop:Shop", "star": "openrlhf_gopo.envs.star:Star"}
 ENTRY_POINTS = "openrlhf_gopo.envs"

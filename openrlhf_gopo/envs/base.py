@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.sop import Procedure
 from openrlhf_gopo.types import Goal, Observation, Outcome, Strategy
 from openrlhf_gopo.users.base import AsDrafted, Share, Users, Voice
@@ -62,7 +63,8 @@ class Environment(ABC):
 
     ``blocking``: True when a dialogue's methods may wait (network, disk); the rollout then calls them from a thread.
     ``own_user``: name of the own user simulator, where dialogues speak through ``voice``; None where --gopo.user cannot
-    exchange it. ``users``: the simulators of --gopo.user.
+    exchange it. ``users``: the simulators of --gopo.user. ``procedure``: the SOP with its catalogue, where one holds
+    for all goals.
     """
 
     name: ClassVar[str]
@@ -70,23 +72,29 @@ class Environment(ABC):
     max_turns: int = 16
     own_user: ClassVar[str | None] = None
     users: Users | None = None
+    procedure: ClassVar[Procedure | None] = None
 
     @classmethod
-    @abstractmethod
     def load(cls, data: str | None) -> Environment:
         """Build from ``--gopo.data``: a path or whatever the environment takes there; None when it is left out.
 
         Raises:
+            ConfigError: here, where ``load`` is not overridden: data was given.
             DataError: the data is missing or malformed; names path, file, line and field.
         """
+        if data is not None:
+            raise ConfigError(f"--gopo.data {data}: the environment {cls.name} reads no data; leave the flag out")
+        return cls()
 
     @abstractmethod
     def goals(self, split: str) -> Sequence[Goal]:
         """The goals of ``"train"`` or ``"heldout"``, in a fixed order. No goal is in both."""
 
-    @abstractmethod
     def catalogue(self, goal: Goal) -> Sequence[Strategy]:
-        """The strategies the expert chooses from in a dialogue about ``goal``, in a fixed order."""
+        """The strategies the expert chooses from in a dialogue about ``goal``, in a fixed order: the procedure's."""
+        if self.procedure is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither a procedure nor a catalogue of its own")
+        return self.procedure.strategies
 
     def catalogue_size(self) -> int:
         """Strategies in the largest catalogue of any goal: as many labels are needed."""
@@ -94,7 +102,7 @@ class Environment(ABC):
 
     def procedures(self) -> Mapping[str, Procedure]:
         """The SOPs by name, with their catalogues, for the command ``cli.sop``; {}: none shown."""
-        return {}
+        return {self.name: self.procedure} if self.procedure else {}
 
     @abstractmethod
     def start(self, goal: Goal, seed: int) -> Dialogue:

@@ -32,7 +32,7 @@ the task, its open steps and what the customer wants, but neither the mood nor t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from openrlhf_gopo.envs.base import SPLITS, Environment
@@ -52,6 +52,7 @@ class Shop(Environment):
     blocking: bool = False
     max_turns: int = 12
     own_user: ClassVar[str | None] = "agenda"
+    procedure: ClassVar[Procedure | None] = PROCEDURE
 
     def __init__(self, language: str = "en") -> None:
         """``language``: one of LANGUAGES. Goal ids and all dynamics are the same in each."""
@@ -80,9 +81,6 @@ class Shop(Environment):
 
     def catalogue_size(self) -> int:
         return len(self._catalogue)
-
-    def procedures(self) -> Mapping[str, Procedure]:
-        return {self.name: PROCEDURE}
 
     def start(self, goal: Goal, seed: int) -> ShopDialogue:
         return ShopDialogue(goal, seed, self.max_turns, self._texts, self.voice(goal, seed))
