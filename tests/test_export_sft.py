@@ -78,7 +78,10 @@ def test_exported_messages_are_the_rollouts_streams(tokenizer, env, policy, skil
     assert max(len(trajectory.turns) for trajectory in played) >= 4
     for trajectory in played:
         exported = export_sft.messages(trajectory, env, list(policy.labels))
+        replayed = policy.replay(trajectory, env.catalogue(trajectory.goal))
         for role, stream in rollout_streams(policy, env, trajectory).items():
+            assert (replayed[role].tokens, replayed[role].spans) == (stream.tokens, stream.spans)
+            assert replayed[role].allowed == stream.allowed
             whole, tokens = (
                 tokenizer.apply_chat_template(exported[role], tokenize=True, return_dict=False),
                 stream.tokens,

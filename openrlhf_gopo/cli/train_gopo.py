@@ -169,10 +169,9 @@ def _run(args: SimpleNamespace, config: GopoConfig) -> None:
     checks.check_dialogues(args, config, env, policy)
     results = Path(config.results_dir or Path(args.ckpt.output_dir) / "results")
     if config.dry_run:
-        print(
-            f"dry run: {env.name}: {len(env.goals('train'))} training and {len(env.goals('heldout'))} held-out goals, "
-            f"{len(policy.labels)} labels, {checks.gpus_needed(args, config)} GPUs; everything checked"
-        )
+        from openrlhf_gopo.runtime.dry_run import describe
+
+        print(describe(args, config, env, policy))
         return
     results.mkdir(parents=True, exist_ok=True)
     from openrlhf_gopo.runtime import launch

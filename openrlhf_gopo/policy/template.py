@@ -75,6 +75,10 @@ class ChatTemplate:
         """Whether ``text`` spells a control token: plain text in a stream, the token itself to a chat template."""
         return self._literal.search(text) is not None
 
+    def reply(self, text: str) -> list[int]:
+        """The tokens of an assistant message that says ``text`` and ends."""
+        return self._tokens("", text, self._stop)
+
     def decode(self, tokens: list[int]) -> str:
         """The text of sampled tokens, special tokens left out."""
         words = [t for t in tokens if t not in self._special]

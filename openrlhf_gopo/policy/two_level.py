@@ -9,7 +9,7 @@ from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.policy import prompts
 from openrlhf_gopo.policy.labels import choose_labels
 from openrlhf_gopo.policy.template import ChatTemplate
-from openrlhf_gopo.types import Goal, Strategy, Stream
+from openrlhf_gopo.types import Goal, Strategy, Stream, Trajectory
 
 
 class StreamBuilder:
@@ -103,6 +103,26 @@ class TwoLevelPolicy:
     def label_ids(self, catalogue: Sequence[Strategy]) -> dict[str, int]:
         """Strategy id -> label token id."""
         return {s.id: token for s, token in zip(catalogue, self.labels.values(), strict=False)}
+
+    def replay(self, trajectory: Trajectory, catalogue: Sequence[Strategy]) -> dict[str, Stream]:
+        """The streams by role that a rollout with the turns of ``trajectory`` has, with log-probabilities of 0.
+
+        Plans are none: a trajectory that was not rolled out has no tokens of its own.
+        """
+        deciding, writing = self.streams(trajectory.goal, catalogue)
+        ids, by_id, previous = self.label_ids(catalogue), {s.id: s for s in catalogue}, None
+        for turn in trajectory.turns:
+            deciding.ask(deciding.message(self.decision_text(previous, turn.user)))
+            if turn.forced:
+                deciding.force(ids[turn.strategy])
+            else:
+                deciding.act([ids[turn.strategy]], [0.0], [ids[s] for s in turn.allowed])
+            writing.ask(writing.message(self.reply_text(turn.user, by_id[turn.strategy], turn.briefing)))
+            reply = writing.template.reply(turn.reply)
+            writing.act(reply, [0.0] * len(reply))
+            previous = turn.reply
+        builders = {EXPERT: deciding, RESPONDER: writing}
+        return {role: builders[role].stream for role in self.roles}
 
     def _labels(self, catalogue: Sequence[Strategy]) -> list[str]:
         return list(self.labels)[: len(catalogue)]

@@ -16,7 +16,7 @@ from openrlhf_gopo.cli import train_gopo
 from openrlhf_gopo.config import GopoConfig, LlmConfig, PreferenceConfig, default, flags
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
-from openrlhf_gopo.runtime import checks
+from openrlhf_gopo.runtime import checks, dry_run
 from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
 
 hide_what_cuda_builds_break()
@@ -176,12 +176,64 @@ def test_cpu_defaults_apply_on_cpu_only(monkeypatch) -> None:
 
 def test_a_dry_run_says_what_it_checked_and_leaves_nothing(tokenizer, tmp_path, capsys) -> None:
     flags = {"actor__model_name_or_path": tokenizer, "ckpt__output_dir": tmp_path / "out"}
-    train_gopo.main(command("--gopo.dry_run", **flags))
+    train_gopo.main(command("--gopo.dry_run", "--data.max_len", 4096, **flags))
     shown = capsys.readouterr()
-    said = "dry run: shop: 10240 training and 2240 held-out goals, 26 labels, 6 GPUs; everything checked\n"
-    assert shown.out == said
+    said = shown.out.splitlines()
+    assert said[:4] == [
+        "dry run: shop: 10240 training and 2240 held-out goals, 26 labels, 6 GPUs; everything checked",
+        "a step: 8 goals x 8 dialogues = 64; 1280 steps in 1 pass(es) over 10240 goals",
+        "  expert: 2 optimizer step(s) of 32 dialogues on 1 rank(s), micro-batch 1, lr 1e-06",
+        "  responder: 2 optimizer step(s) of 32 dialogues on 1 rank(s), micro-batch 1, lr 1e-06",
+    ]
+    assert said[4].startswith(
+        "tokens of a stream in 64 scripted dialogues with reference replies (--data.max_len 1280,"
+    )
+    for line, role in zip(said[5:7], ("expert", "responder"), strict=True):
+        found = re.fullmatch(rf"  {role}: median (\d+), 90% (\d+), 99% (\d+), longest (\d+) \(goal shop-[\w-]+\)", line)
+        assert found, line
+        assert 100 < int(found[1]) < int(found[2]) < int(found[3]) <= int(found[4]) < 4096
+    assert said[8:] == [f"  {role}: unknown, {tokenizer} has no config.json" for role in ("expert", "responder")]
     assert shown.err == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_tells_of_streams_that_would_not_fit(tokenizer, capsys) -> None:
+    train_gopo.main(command("--gopo.dry_run", "--data.max_len", 1800, actor__model_name_or_path=tokenizer))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  expert: median"))
+    over = int(re.search(r"; (\d+) would end in max_tokens: raise --data.max_len$", line)[1])
+    assert 0 < over < 64
+
+
+@pytest.mark.parametrize(
+    ("given", "gib"),
+    [
+        # 1 M parameters; GiB of bytes a rank: 2 of weights, 2 of gradients, 12 of the optimizer for each of them
+        ("--ds.zero_stage 0", 16),
+        ("--ds.zero_stage 2", 2 + (2 + 12) / 4),
+        ("--ds.zero_stage 3", 16 / 4),
+        ("--ds.zero_stage 3 --ds.adam_offload", (2 + 2) / 4),
+    ],
+)
+def test_the_memory_estimate(given, gib, monkeypatch) -> None:
+    monkeypatch.setenv("OPENRLHF_GOPO_CPU", "0")
+    monkeypatch.setattr(dry_run, "parameters", lambda path: 2**30)
+    ranks = ["--actor.num_gpus_per_node", 4, "--ref.num_gpus_per_node", 4, "--vllm.num_engines", 1]
+    args, config = train_gopo.parse(command(*ranks, *given.split()))
+    reference = 2 / (4 if "stage 3" in given else 1)
+    expected = (
+        f"1,073.7 M parameters, ZeRO {given.split()[1]}, 4 rank(s): {gib:.2f} GiB a rank, reference {reference:.2f}"
+    )
+    lines = dry_run._memory(args, config)
+    assert [line.split(": ", 1)[1] for line in lines[1:]] == [f"{expected} GiB a rank"] * 2
+
+
+def test_parameters_are_counted_without_weights(tmp_path) -> None:
+    from transformers import LlamaConfig
+
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    LlamaConfig(vocab_size=100, num_hidden_layers=1, tie_word_embeddings=True, **shape).save_pretrained(tmp_path)
+    # embedding 100 x 8, attention 4 x 8 x 8, MLP 3 x 8 x 16, norms 3 x 8
+    assert dry_run.parameters(str(tmp_path)) == 800 + 256 + 384 + 24
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,114 @@
+"""What a run would do, from flags, data and tokenizers alone: no Ray, no GPU, no weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
+from openrlhf_gopo.envs import Environment
+from openrlhf_gopo.evaluation.scripted import demonstrations
+from openrlhf_gopo.policy.two_level import TwoLevelPolicy
+from openrlhf_gopo.runtime.checks import gpus_needed
+from openrlhf_gopo.runtime.requests import build_policy, policy_spec
+
+DIALOGUES = 64  # scripted dialogues whose streams are measured
+SKILL = 0.5
+
+
+def describe(args: SimpleNamespace, config: GopoConfig, env: Environment, policy: TwoLevelPolicy) -> str:
+    """The report of ``--gopo.dry_run``, several lines."""
+    train, heldout = len(env.goals("train")), len(env.goals("heldout"))
+    return "\n".join(
+        [
+            f"dry run: {env.name}: {train} training and {heldout} held-out goals, {len(policy.labels)} labels, "
+            f"{gpus_needed(args, config)} GPUs; everything checked",
+            *_batches(args, config, min(train, args.data.max_samples)),
+            *_streams(args, config),
+            *_memory(args, config),
+        ]
+    )
+
+
+def _batches(args: SimpleNamespace, config: GopoConfig, goals: int) -> list[str]:
+    """Goals, dialogues, optimizer steps and micro-batches of one training step and of the whole run."""
+    size, k = args.rollout.batch_size, args.rollout.n_samples_per_prompt
+    steps = goals // size * args.train.num_episodes
+    updates = size * k // args.train.batch_size * args.train.max_epochs
+    lines = [
+        f"a step: {size} goals x {k} dialogues = {size * k}; {steps} steps in {args.train.num_episodes} pass(es) over "
+        f"{goals} goals"
+    ]
+    for role in config.roles if config.own_expert else (RESPONDER,):
+        where = args.expert if role == EXPERT else args.actor
+        ranks = where.num_nodes * where.num_gpus_per_node // args.ds.tensor_parallel_size
+        micro = "by tokens" if args.train.dynamic_batch_enable else args.train.micro_batch_size
+        lines.append(
+            f"  {role}: {updates} optimizer step(s) of {args.train.batch_size} dialogues on {ranks} rank(s), "
+            f"micro-batch {micro}, lr {where.adam.lr:g}"
+        )
+    return lines
+
+
+def _streams(args: SimpleNamespace, config: GopoConfig) -> list[str]:
+    """Stream lengths of scripted dialogues with the environment's own users: an endpoint is not asked for them."""
+    env, policy = build_policy(replace(policy_spec(args, config), user=None))
+    played = [t for t in demonstrations(env, DIALOGUES, SKILL, args.train.seed) if t.turns]
+    lengths: dict[str, list[int]] = {role: [] for role in policy.roles}
+    for trajectory in played:
+        for role, stream in policy.replay(trajectory, env.catalogue(trajectory.goal)).items():
+            lengths[role].append(len(stream.tokens))
+    lines = [
+        f"tokens of a stream in {len(played)} scripted dialogues with reference replies (--data.max_len "
+        f"{args.data.max_len}, a reply at most {config.reply_max_tokens}):"
+    ]
+    for role, found in lengths.items():
+        half, most, nearly, longest = np.percentile(found, [50, 90, 99, 100]).astype(int)
+        goal = played[int(np.argmax(found))].goal.id
+        over = sum(length > args.data.max_len for length in found)
+        lines.append(
+            f"  {role}: median {half}, 90% {most}, 99% {nearly}, longest {longest} (goal {goal})"
+            + (f"; {over} would end in max_tokens: raise --data.max_len" if over else "")
+        )
+    return lines
+
+
+def _memory(args: SimpleNamespace, config: GopoConfig) -> list[str]:
+    """Model states per rank by ZeRO stage (arXiv 1910.02054): 2 bytes of weights, 2 of gradients, 12 of fp32 Adam."""
+    lines = ["GPU memory of model states, estimated, without activations, buffers and vLLM's share:"]
+    for role in config.roles if config.own_expert else (RESPONDER,):
+        where = args.expert if role == EXPERT else args.actor
+        count = parameters(where.model_name_or_path)
+        if count is None:
+            lines.append(f"  {role}: unknown, {where.model_name_or_path} has no config.json")
+            continue
+        ranks, stage = where.num_nodes * where.num_gpus_per_node, args.ds.zero_stage
+        split = ranks // args.ds.tensor_parallel_size
+        whole = count / args.ds.tensor_parallel_size
+        weights = 2 * whole / (split if stage == 3 else 1)
+        gradients = 2 * whole / (split if stage >= 2 else 1)
+        optimizer = 0.0 if args.ds.adam_offload else 12 * whole / (split if stage >= 1 else 1)
+        states = weights + (gradients + optimizer if args.ds.lora.rank <= 0 else 0.0)
+        reference = 2 * whole / (split if stage == 3 else 1) if args.algo.kl.init_coef > 0 else 0.0
+        lines.append(
+            f"  {role}: {count / 1e6:,.1f} M parameters, ZeRO {stage}, {ranks} rank(s): {states / 2**30:.2f} GiB a rank"
+            + (f", reference {reference / 2**30:.2f} GiB a rank" if reference else "")
+            + (", adapters not counted" if args.ds.lora.rank > 0 else "")
+        )
+    return lines
+
+
+def parameters(path: str) -> int | None:
+    """How many parameters the model has, from its config.json; None without one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        return None
+    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    return sum(p.numel() for p in model.parameters())
