@@ -12,6 +12,7 @@ import pickle
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NoReturn, TypeVar
@@ -24,6 +25,7 @@ from openrlhf_gopo.types import Goal, Observation, Outcome, StopReason
 T = TypeVar("T")
 
 _SUM = 1e-6  # how far from 1 the subgoal weights may sum
+_THREADS = 4  # dialogues of a blocking environment that are played at once
 _TURNS = 10  # a random walk ends, or reaches the rollout's limit, within this many times max_turns
 
 
@@ -104,11 +106,19 @@ class _Walker:
         first = self.walk()
         # Another dialogue advances in between: dialogues of one environment must not touch each other.
         second = self.walk(beside=self.start(self.seed + 1))
+        self.compare(first, second, "same goal, seed, strategies and replies gave two transcripts")
+        if self.env.blocking:  # the rollout calls it from threads, many dialogues at once
+            others = [_Walker(self.env, self.goal, self.seed) for _ in range(_THREADS)]
+            with ThreadPoolExecutor(_THREADS) as pool:
+                for walk in pool.map(_Walker.walk, others):
+                    self.compare(first, walk, "in threads the same dialogue went another way")
+        self.check_forbidden()
+
+    def compare(self, first: list[_Seen], second: list[_Seen], what: str) -> None:
         for turn, (one, other) in enumerate(zip_longest(first, second)):
             if one != other:
                 self.turn = turn
-                self.fault(f"same goal, seed, strategies and replies gave two transcripts: {one} and {other}")
-        self.check_forbidden()
+                self.fault(f"{what}: {one} and {other}")
 
     def start(self, seed: int) -> Dialogue:
         self.turn = 0

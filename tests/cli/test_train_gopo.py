@@ -186,7 +186,7 @@ def test_a_dry_run_says_what_it_checked_and_leaves_nothing(tokenizer, tmp_path, 
         "  responder: 2 optimizer step(s) of 32 dialogues on 1 rank(s), micro-batch 1, lr 1e-06",
     ]
     assert said[4].startswith(
-        "tokens of a stream in 64 scripted dialogues with reference replies (--data.max_len 1280,"
+        "tokens of a stream in 64 scripted dialogues with reference replies (--data.max_len 4096,"
     )
     for line, role in zip(said[5:7], ("expert", "responder"), strict=True):
         found = re.fullmatch(rf"  {role}: median (\d+), 90% (\d+), 99% (\d+), longest (\d+) \(goal shop-[\w-]+\)", line)

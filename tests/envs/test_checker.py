@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import threading
 
 import pytest
 
@@ -246,3 +247,26 @@ def test_dialogues_that_share_state():
     env.dialogue = Sharing
     with pytest.raises(DialogueError, match="gave two transcripts"):
         check_env(env)
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_dialogues_that_go_wrong_in_threads(blocking):
+    """Sound as long as only one thread asks: the words come from where the thread keeps them."""
+
+    class Scribbles(Sound):
+        shared = threading.local()
+
+        class dialogue(Talk):
+            def step(self, strategy, reply):
+                outcome = super().step(strategy, reply)
+                if outcome.next and getattr(Scribbles.shared, "name", None) != "main":
+                    return dataclasses.replace(outcome, next=Observation("who is there?", self.allowed()))
+                return outcome
+
+    Scribbles.blocking = blocking
+    Scribbles.shared.name = "main"
+    if not blocking:  # its dialogues never leave the loop's own thread
+        check_env(Scribbles())
+        return
+    with pytest.raises(DialogueError, match=r"goal \w+, turn \d: in threads the same dialogue went another way"):
+        check_env(Scribbles())
