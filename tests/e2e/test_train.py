@@ -27,7 +27,7 @@ ROLES = ("expert", "responder")
 
 # What the two runs train with besides the defaults: between them every path of the objective runs for real.
 OBJECTIVES = {
-    "shop": ["--algo.advantage.is_correction_level", "token", "--expert.entropy_coef", 0.01],
+    "shop": ["--algo.advantage.is_correction_level", "token", "--expert.entropy_coef", 0.01, "--gopo.user", "agenda"],
     "star": [
         *("--gopo.pref.trust_region", "exact", "--train.batch_size", 8),  # two optimizer steps per rollout
         *("--gopo.expert_pg_coef", 0.5, "--gopo.expert_pg", "gae", "--gopo.credit", "turn"),
