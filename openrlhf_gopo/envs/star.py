@@ -11,24 +11,23 @@ turns that fit, are cut from a goal. ``Star.census`` counts all of it.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from openrlhf_gopo.envs.base import SPLITS, Dialogue, Environment
+from openrlhf_gopo.envs.reading import split_of
+from openrlhf_gopo.envs.replayed import BYE, PATIENCE
 from openrlhf_gopo.envs.star_dialogue import StarDialogue
 from openrlhf_gopo.envs.star_reader import Record, Task, read
 from openrlhf_gopo.envs.star_script import Script, pairs, report_ids, write_script
-from openrlhf_gopo.envs.star_sop import BYE, Manual, write_manual
+from openrlhf_gopo.envs.star_sop import Manual, write_manual
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.types import Goal, Strategy
 from openrlhf_gopo.users.replay import Pool, ReplayUser
 
-HELDOUT_PERCENT = 20
 SLOTS_WEIGHT, REPORTS_WEIGHT, CLOSE_WEIGHT = 0.3, 0.6, 0.1
-PATIENCE = 3  # off-task turns in a row after which the user leaves
 
 
 class Star(Environment):
@@ -113,13 +112,8 @@ def _goal(script: Script, manual: Manual) -> Goal:
         facts=pairs(script.values),
         persona={"patience": PATIENCE, "happy": record.happy},
         data={"dialogue": record.id, "human_success": all(verdicts) if verdicts else None},
-        split=_split(record.id),
+        split=split_of(record.id),
     )
-
-
-def _split(dialogue: str) -> str:
-    digest = hashlib.sha256(dialogue.encode()).digest()
-    return "heldout" if int.from_bytes(digest[:4], "big") % 100 < HELDOUT_PERCENT else "train"
 
 
 def _context(record: Record, manual: Manual) -> str:
