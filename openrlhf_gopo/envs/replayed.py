@@ -21,12 +21,13 @@ OFF_TASK = {"own": 0.4, "value": 0.4, "pool": 0.3, "generic": 0.1}
 class ReplayDialogue(Dialogue):
     """Judges each turn and keeps the state they all need. Single use; a subclass sets ``opening``.
 
-    State: the strategies so far, the slots the user ``told``, the subgoals completed, the off-task turns in a row.
+    State: the strategies so far, the slots the user ``told``, the user's latest ``words``, the subgoals completed, the
+    off-task turns in a row.
     A subgoal ``slot:X`` is completed when the user tells X; ``close:goodbye`` by a goodbye that was due.
     """
 
-    def __init__(self, goal: Goal, user: ReplayUser, told: Collection[str]) -> None:
-        self._goal, self._user, self._told = goal, user, set(told)
+    def __init__(self, goal: Goal, user: ReplayUser, told: Collection[str], words: str) -> None:
+        self._goal, self._user, self._told, self._words = goal, user, set(told), words
         self._history: list[str] = []
         self._completed: set[str] = set()
         self._off_task = 0
@@ -61,7 +62,9 @@ class ReplayDialogue(Dialogue):
         answer, completed, events = (
             (self._user.complain(), [], ["reply:empty"]) if silent else self._play(strategy, reply)
         )
-        self._history.append(strategy)
+        self._words = answer.text
+        if not silent:  # what was not said may be said again
+            self._history.append(strategy)
         new = set(answer.tells - self._told)
         self._told |= new
         self._learned(new)

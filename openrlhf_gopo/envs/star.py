@@ -16,7 +16,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from openrlhf_gopo.envs.base import SPLITS, Dialogue, Environment
+from openrlhf_gopo.envs.base import SPLITS, Dialogue, Environment, HumanTurn
 from openrlhf_gopo.envs.reading import split_of
 from openrlhf_gopo.envs.replayed import BYE, PATIENCE
 from openrlhf_gopo.envs.star_dialogue import StarDialogue
@@ -74,6 +74,19 @@ class Star(Environment):
         rng = random.Random(f"{goal.id}/{seed}")
         user = ReplayUser(script.said, self._pools[goal.intent], self._everyone, rng)
         return StarDialogue(goal, script, self._manuals[goal.intent], user)
+
+    def human(self, goal: Goal) -> Sequence[HumanTurn]:
+        """The wizard's utterances and queries of the rounds that the goal keeps."""
+        script, manual = self._scripts[goal.id], self._manuals[goal.intent]
+        turns, user, segment = list[HumanTurn](), script.opening.text, 0
+        for beat in script.beats:
+            for current in script.rounds[segment : beat.segment]:
+                turns.append(HumanTurn(user, manual.queries[current.result[0]], "", (f"query:{current.result[1]}",)))
+                user, segment = "", beat.segment
+            if beat.segment <= len(script.rounds):
+                turns.append(HumanTurn(user, beat.label, beat.text))
+                user = beat.user
+        return turns
 
     def _add(self, record: Record, manual: Manual) -> None:
         script = write_script(record, manual)

@@ -41,13 +41,13 @@ class StarDialogue(ReplayDialogue):
     def __init__(self, goal: Goal, script: Script, manual: Manual, user: ReplayUser) -> None:
         # A slot the API requires but this goal's wizard never entered has a default.
         default = set(manual.task.required) - {s for r in script.rounds for s in r.needs}
-        super().__init__(goal, user, script.opening.tells | default)
+        super().__init__(goal, user, script.opening.tells | default, script.opening.text)
         self._script, self._manual = script, manual
         self._segment = 0
         self._owed: list[tuple[str, tuple[str, ...]]] = []  # (subgoal, reports that complete it)
         self._stale = False
         self._replayed: list[str] = []  # strategies of this segment, for "what the human did next"
-        self.opening = Observation(script.opening.text, self._allowed())
+        self.opening = Observation(self._words, self._allowed())
 
     # -- what the agent is told ------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ class StarDialogue(ReplayDialogue):
         if slot in self._told:
             return self._user.complain(), [], []
         if slot is not None and slot in self._needs():
-            return self._user.tell(strategy, slot, self._values()), [], []
+            return self._user.tell(strategy, (slot,), self._values()), [], []
         if self._done() and strategy == MORE:
             return self._last_words(strategy), [], []
         return self._user.react(strategy, self._segment, self._values()), [], []
