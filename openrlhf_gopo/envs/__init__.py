@@ -17,6 +17,7 @@ BUILTIN = {
     "shop": "openrlhf_gopo.envs.shop:Shop",
     "star": "openrlhf_gopo.envs.star:Star",
     "abcd": "openrlhf_gopo.envs.abcd:Abcd",
+    "multiwoz": "openrlhf_gopo.envs.multiwoz:Multiwoz",
 }
 ENTRY_POINTS = "openrlhf_gopo.envs"
 

@@ -102,7 +102,7 @@ class AbcdDialogue(ReplayDialogue):
 
     # -- playing ---------------------------------------------------------------------------------------------------
 
-    def _play(self, strategy: str, reply: str) -> tuple[Answer, list[str], list[str]]:
+    def _play(self, strategy: str) -> tuple[Answer, list[str], list[str]]:
         required = strategy in self._required()
         completed = [f"do:{strategy}"] if strategy in self._open() else []
         action = strategy.removeprefix(ASK)

@@ -42,28 +42,33 @@ class ReplayDialogue(Dialogue):
         """The steps that the goal needs now; each is allowed."""
 
     @abstractmethod
-    def _play(self, strategy: str, reply: str) -> tuple[Answer, list[str], list[str]]:
+    def _play(self, strategy: str) -> tuple[Answer, list[str], list[str]]:
         """The user's answer, the subgoals completed (slots apart), and the events."""
+
+    def _understood(self, strategy: str, reply: str) -> bool:
+        """Whether the user gets from ``reply`` what ``strategy`` is to tell."""
+        return True
+
+    def _follow(self, answer: Answer) -> Answer:
+        """``answer``, extended by what the user wants next once its turn is accounted for."""
+        return answer
 
     def _learned(self, new: set[str]) -> None:
         """The user told the slots ``new`` for the first time."""
 
     def step(self, strategy: str, reply: str) -> Outcome:
-        """Play one turn. A reply without a word gets a complaint and does nothing else."""
+        """Play one turn. A reply without a word, or not understood, gets a complaint and does nothing else."""
         if self._over:
             raise DialogueError(f"goal {self._goal.id}: the dialogue is over; start a new one")
         allowed = self._allowed()
         if strategy not in allowed:
             raise SopError(f"goal {self._goal.id}: {strategy!r} is not allowed now; allowed: {', '.join(allowed)}")
-        silent = not re.search(r"\w", reply)
-        on_task = strategy in self._required() and not silent
+        heard = re.search(r"\w", reply) is not None and self._understood(strategy, reply)
+        on_task = strategy in self._required() and heard
         if strategy == BYE:
             return self._close(on_task)
-        answer, completed, events = (
-            (self._user.complain(), [], ["reply:empty"]) if silent else self._play(strategy, reply)
-        )
-        self._words = answer.text
-        if not silent:  # what was not said may be said again
+        answer, completed, events = self._play(strategy) if heard else (self._user.complain(), [], ["reply:unclear"])
+        if heard:  # what was not said may be said again
             self._history.append(strategy)
         new = set(answer.tells - self._told)
         self._told |= new
@@ -71,11 +76,14 @@ class ReplayDialogue(Dialogue):
         completed += [f"slot:{slot}" for slot in sorted(answer.tells) if f"slot:{slot}" in self._goal.subgoals]
         completed = [name for name in dict.fromkeys(completed) if name not in self._completed]
         self._completed.update(completed)
+        answer = self._follow(answer) if heard else answer
+        self._told |= answer.tells
+        self._words = answer.text
         return self._react(answer, events, completed, on_task or bool(completed))
 
     def _close(self, on_task: bool) -> Outcome:
         self._over = True
-        completed = (f"close:{BYE}",) if on_task else ()
+        completed = (f"close:{BYE}",) if on_task and f"close:{BYE}" in self._goal.subgoals else ()
         self._completed.update(completed)
         done = self._completed == set(self._goal.subgoals)
         return Outcome(

@@ -94,7 +94,7 @@ class StarDialogue(ReplayDialogue):
     def _learned(self, new: set[str]) -> None:
         self._stale = self._stale and not new
 
-    def _play(self, strategy: str, reply: str) -> tuple[Answer, list[str], list[str]]:
+    def _play(self, strategy: str) -> tuple[Answer, list[str], list[str]]:
         if strategy in self._manual.queries.values():
             return self._query()
         self._replayed.append(strategy)

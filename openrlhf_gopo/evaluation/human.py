@@ -32,8 +32,9 @@ class SopShare:
 
 
 def sop_share(env: Environment, goals: Iterable[Goal], seed: int = 0) -> SopShare:
-    """Replay the human dialogue of each goal through ``env`` and count the turns that its SOP allowed.
+    """Replay the strategies of each goal's human dialogue through ``env`` and count the turns that its SOP allowed.
 
+    It is the strategies that are judged: the words are the reference replies.
     A forbidden turn is counted and not played, which may forbid later ones too; the user's patience is unlimited.
     """
     count = SopShare()
@@ -52,7 +53,7 @@ def sop_share(env: Environment, goals: Iterable[Goal], seed: int = 0) -> SopShar
                 count.broken[turn.strategy] += 1
                 continue
             count.allowed += 1
-            outcome = dialogue.step(turn.strategy, turn.reply or dialogue.reference_reply(turn.strategy))
+            outcome = dialogue.step(turn.strategy, dialogue.reference_reply(turn.strategy))
             allowed = outcome.next.allowed if outcome.next else ()
     return count
 

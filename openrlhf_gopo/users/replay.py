@@ -130,7 +130,7 @@ class ReplayUser:
 
         Where none ever did, the user acknowledges a turn that ``fits`` and complains about any other.
         """
-        own = self._unused(strategy, segment)
+        own = self.own(strategy, segment)
         if own is not None:
             return own
         lines = [entry for entry in self._pool.after.get(strategy, ()) if not entry.values]
@@ -148,14 +148,18 @@ class ReplayUser:
 
     def closing(self, strategy: str, segment: int | None) -> Answer:
         """All is done: the own last words, where ``segment`` is not None, else somebody's goodbye."""
-        own = None if segment is None else self._unused(strategy, segment)
+        own = None if segment is None else self.own(strategy, segment)
         return own or self._any("closing")
+
+    def once(self, text: str) -> Answer | None:
+        """The own utterance ``text``, unless it was replayed before."""
+        return self._first([i for i, said in enumerate(self._said) if said.text == text and i not in self._used])
 
     def complain(self) -> Answer:
         """The agent's turn made no sense to the user."""
         return self._any("complain")
 
-    def _unused(self, strategy: str, segment: int) -> Answer | None:
+    def own(self, strategy: str, segment: int) -> Answer | None:
         """The next own utterance after ``strategy`` in ``segment`` that was not replayed yet."""
         here = [i for i, said in enumerate(self._said) if said.after == strategy and said.segment == segment]
         return self._first([i for i in here if i not in self._used])
