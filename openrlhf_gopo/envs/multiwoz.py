@@ -19,12 +19,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from openrlhf_gopo.envs.base import SPLITS, Dialogue, Environment, HumanTurn
-from openrlhf_gopo.envs.multiwoz_db import Row, query
+from openrlhf_gopo.envs.multiwoz_db import Row, plain, query
 from openrlhf_gopo.envs.multiwoz_dialogue import Beat, Case, MultiwozDialogue
 from openrlhf_gopo.envs.multiwoz_reader import Exchange, Record, humans, read, table
-from openrlhf_gopo.envs.multiwoz_sop import REPLY, procedure, strategies
+from openrlhf_gopo.envs.multiwoz_sop import procedure, strategies
 from openrlhf_gopo.envs.reading import mentions
-from openrlhf_gopo.envs.replayed import BYE, PATIENCE
+from openrlhf_gopo.envs.replayed import PATIENCE
 from openrlhf_gopo.errors import ConfigError, DataError
 from openrlhf_gopo.types import Goal, Strategy
 from openrlhf_gopo.users.replay import Pool, ReplayUser, Said
@@ -33,6 +33,7 @@ CONTEXT = (
     "You are the information desk of a town. You look up restaurants, hotels, attractions, trains, hospitals and the "
     "police, and book tables, rooms, tickets and taxis."
 )
+SHORT = 10  # words
 Database = Mapping[str, Sequence[Row]]
 
 
@@ -100,7 +101,8 @@ class Multiwoz(Environment):
         if record.split == "train":  # the held-out users' words are seen in their own dialogue only
             values = [(slot.replace(" ", "."), value) for slot, value in goal.facts.items()]
             for said in case.said:
-                self._pool.add(said, values)
+                if len(said.text.split()) <= SHORT:  # longer ones hold more than the answer
+                    self._pool.add(said, values)
 
 
 def _goal(record: Record, case: Case) -> Goal:
@@ -126,9 +128,7 @@ def _goal(record: Record, case: Case) -> Goal:
 def _case(record: Record, database: Database) -> Case:
     at, order = _domains(record)
     index = {domain: number for number, domain in enumerate(order)}
-    ends = [i for i, one in enumerate(record.log) if one.strategy == BYE][:-1]
-    names = [REPLY if i in ends else one.strategy for i, one in enumerate(record.log)]
-    beats = [Beat(one.user, name, one.system, index[d]) for one, name, d in zip(record.log, names, at, strict=True)]
+    beats = [Beat(one.user, one.strategy, one.system, index[d]) for one, d in zip(record.log, at, strict=True)]
     tells = [_tells(one, domain, record) for one, domain in zip(record.log, at, strict=True)]
     first = {domain: at.index(domain) for domain in order if domain in at}
     for domain, i in first.items():
@@ -174,7 +174,7 @@ def _tells(one: Exchange, domain: str, record: Record) -> set[str]:
             told.add(f"{where}.?")
     want = record.wants[domain]
     values = {**want.book, **want.info}
-    told |= {f"{domain}.{s}" for s, value in values.items() if len(value) > 2 and mentions(one.user, value)}
+    told |= {f"{domain}.{s}" for s, value in values.items() if len(value) > 2 and (mentions(one.user, value) or plain(value) in plain(one.user))}
     if want.book and ("book" in one.user or "reserv" in one.user or any(f"{domain}.{s}" in told for s in want.book)):
         told.add(f"{domain}.book")
     return told

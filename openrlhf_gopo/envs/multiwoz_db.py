@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -16,7 +17,7 @@ SAME = {
 
 
 def query(rows: Iterable[Row], constraints: Mapping[str, str]) -> list[Row]:
-    """The rows that satisfy every constraint; ``leaveAt`` is the earliest time to leave, ``arriveBy`` the latest to arrive.
+    """The rows that satisfy every constraint: at the earliest ``leaveAt``, at the latest ``arriveBy``, else equal.
 
     The best comes first: the earliest to leave, or the latest to arrive; else the database's order.
     """
@@ -29,22 +30,24 @@ def query(rows: Iterable[Row], constraints: Mapping[str, str]) -> list[Row]:
 def _fits(row: Row, slot: str, value: str) -> bool:
     if slot not in row or value in ("dontcare", "dont care", "do n't care", ""):
         return True
-    have, wanted = plain(row[slot]), [plain(part) for part in value.split("|")]
     if slot in ("leaveAt", "arriveBy"):
         at, limit = _minutes(str(row[slot])), _minutes(value)
         return at is not None and limit is not None and (at >= limit if slot == "leaveAt" else at <= limit)
+    have, wanted = plain(str(row[slot])), [plain(part) for part in value.split("|")]
     if slot == "name":
         return any(part in have or have in part for part in wanted)
     return have in wanted
 
 
-def plain(value: Any) -> str:
+@lru_cache(maxsize=65536)
+def plain(value: str) -> str:
     """A value without case, articles and punctuation, in the database's spelling."""
-    text = " ".join(re.findall(r"[a-z0-9:]+", str(value).casefold().replace("'", "")))
+    text = " ".join(re.findall(r"[a-z0-9:]+", re.sub(r" ?'", "", value.casefold())))
     text = text.removeprefix("the ")
     return SAME.get(text, text)
 
 
+@lru_cache(maxsize=65536)
 def _minutes(time: str) -> int | None:
     found = re.fullmatch(r"(\d{1,2}):(\d{2})", time.strip())
     return int(found[1]) * 60 + int(found[2]) if found else None
@@ -53,5 +56,5 @@ def _minutes(time: str) -> int | None:
 def chosen(found: Sequence[Row], said: str) -> Row | None:
     """Of the rows ``found``, the one that the human named in ``said``, else the first."""
     words = plain(said)
-    named = [row for row in found if any(plain(row[k]) in words for k in ("name", "trainID") if k in row)]
+    named = [row for row in found if any(plain(str(row[k])) in words for k in ("name", "trainID") if k in row)]
     return next(iter(named or found), None)

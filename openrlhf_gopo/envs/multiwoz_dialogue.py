@@ -8,7 +8,7 @@ from typing import Any
 
 from openrlhf_gopo.envs.multiwoz_db import Row, chosen, query
 from openrlhf_gopo.envs.multiwoz_reader import Want, table
-from openrlhf_gopo.envs.multiwoz_sop import ASK, MORE, NAMES, SLOTS
+from openrlhf_gopo.envs.multiwoz_sop import ASK, BOOKED, MORE, NAMES, SLOTS
 from openrlhf_gopo.envs.reading import mentions
 from openrlhf_gopo.envs.replayed import BYE, ReplayDialogue
 from openrlhf_gopo.rewards.text import mentions as states
@@ -17,7 +17,7 @@ from openrlhf_gopo.types import Goal, Observation
 from openrlhf_gopo.users.replay import Answer, ReplayUser, Said
 
 HIDDEN = ("location", "id", "introduction", "openhours", "signature", "takesbookings")  # fields nobody asks for
-DONE = {"offer": "inform", "inform": "request"}  # the subgoal that a strategy completes, where it has another name
+PRESENT = ("offer", "inform", "book")  # strategies that name one of the database's, where none was named before
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class MultiwozDialogue(ReplayDialogue):
         self._case, self._sop, self._database = case, sop, database
         self._eased: set[str] = set()
         self._rows: dict[str, Row] = {}
+        self._results: dict[tuple[object, ...], list[Row]] = {}  # of queries, since each is asked for many times
         self._index = 0
         self.opening = Observation(self._words, self._allowed())
 
@@ -99,7 +100,9 @@ class MultiwozDialogue(ReplayDialogue):
         kind, _, slot = strategy.partition(":")
         values = self._values(strategy)
         told = ", ".join(f"{NAMES.get(key, key)}: {value}" for key, value in values.items())
-        entity = next(iter(values.values()), "this")
+        row = self._row() or {}
+        train = f"the train {row.get('trainID')}, leaving at {row.get('leaveAt')}"
+        entity = train if "trainID" in row else next(iter(values.values()), "this")
         text = table()["say"][kind].format(name=NAMES.get(slot, slot), entity=entity, values=f"{told}." if told else "")
         return text.strip()
 
@@ -123,16 +126,15 @@ class MultiwozDialogue(ReplayDialogue):
         if strategy.startswith(ASK) and slot not in missing:
             known = slot in self._told
             return self._user.complain() if known else self._user.react(strategy, self._index, {}), [], []
-        if strategy.startswith(ASK) or (strategy == "offer" and missing and not required):
+        if strategy.startswith(ASK) or (strategy in PRESENT and missing and not required):
             slots = [slot] if slot in missing else missing[:1]
             return self._user.tell(strategy, slots, {name: self._value(name) for name in slots}), [], []
         events = [f"{strategy}:{domain}"] if required else []
         if required and strategy in ("no_offer", "no_book"):
             return self._ease(strategy), [], events
-        name = f"{DONE.get(strategy, strategy)}:{domain}"
-        completed = [name] if required and name in self._open() else []
+        completed = self._completes(strategy) if required else []
         row = self._row()
-        if strategy == "offer" and completed and row:
+        if f"inform:{domain}" in completed and row:
             self._rows[domain] = row
         own = self._user.own(strategy, self._index)
         return own or Answer("", "value"), completed, events
@@ -153,13 +155,15 @@ class MultiwozDialogue(ReplayDialogue):
         """Where the agent is left without a step, the user says what they want next; words of farewell wait."""
         while not any(name.endswith(f":{self._domain}") for name in self._open()) and self._open():
             self._index += 1
-        early = answer.text in self._case.last and self._open()
-        text, tells = ("", frozenset[str]()) if early else (answer.text, answer.tells)
-        self._told |= tells
-        wish = None if self._steps() and (self._open() or text in self._case.last) else self._wish()
-        if wish is None:
-            return Answer(text, answer.source, tells) if text else self._user.acknowledge()
-        return Answer(f"{text} {wish.text}".strip(), answer.source if text else wish.source, tells | wish.tells)
+        last = answer.text in self._case.last
+        if answer.text and (last if not self._open() else self._steps() and not last):
+            return answer
+        # Words that leave the agent without a step, and tell nothing new, are about something else.
+        useful = answer.text and not last and self._new
+        wish = self._user.acknowledge() if self._steps() and self._open() else self._wish()
+        if not useful:
+            return wish
+        return Answer(f"{answer.text} {wish.text}", answer.source, answer.tells | wish.tells)
 
     def _wish(self) -> Answer:
         """What the user wants next; to bring up a domain they have words of their own."""
@@ -169,11 +173,10 @@ class MultiwozDialogue(ReplayDialogue):
         if not self._opened():
             own = self._user.once(self._case.opens.get(domain, ""))
             told = frozenset({f"{domain}.!"})
-            return (
-                Answer(own.text, "own", own.tells | told) if own else Answer(f"I also need a {domain}.", "value", told)
-            )
+            text = f"I also need {'an' if domain[0] in 'aeiou' else 'a'} {domain}."
+            return Answer(own.text, "own", own.tells | told) if own else Answer(text, "value", told)
         if f"request:{domain}" in self._open():
-            names = ", ".join(NAMES.get(name, name) for name in self._case.wants[domain].reqt)
+            names = " and ".join(NAMES.get(name, name) for name in self._case.wants[domain].reqt)
             return Answer(f"Could you tell me the {names}?", "value", frozenset({f"{domain}.?"}))
         return Answer("Please book it for me.", "value", frozenset({f"{domain}.book"}))
 
@@ -203,14 +206,20 @@ class MultiwozDialogue(ReplayDialogue):
         return {**self._wanted("book"), **self._wanted("info")}[slot.partition(".")[2]]
 
     def _missing(self) -> list[str]:
-        """The slots that the next step needs and the user has not told."""
-        first = f"inform:{self._domain}" in self._open() or self._domain == "taxi"
-        wanted = self._wanted("info" if first else "book")
-        return [slot for name in wanted if (slot := f"{self._domain}.{name}") not in self._told]
+        """The slots that the next step needs and the user has not told: the constraints, then the booking's."""
+        for part in ("info", "book") if f"{self._domain}.book" in self._told else ("info",):
+            slots = [f"{self._domain}.{name}" for name in self._wanted(part)]
+            missing = [slot for slot in slots if slot not in self._told]
+            if missing:
+                return missing
+        return []
 
     def _found(self) -> list[Row]:
         told = {slot: v for slot, v in self._wanted("info").items() if f"{self._domain}.{slot}" in self._told}
-        return [] if self._domain == "taxi" else query(self._database[self._domain], told)
+        key = (self._domain, *told.items())
+        if key not in self._results:
+            self._results[key] = [] if self._domain == "taxi" else query(self._database[self._domain], told)
+        return self._results[key]
 
     def _row(self) -> Row | None:
         """The one presented, else the one to present."""
@@ -219,15 +228,16 @@ class MultiwozDialogue(ReplayDialogue):
     def _values(self, strategy: str) -> dict[str, str]:
         """What ``strategy`` tells now, by name."""
         row = self._row()
+        values: dict[str, str] = {}
+        if row and (strategy == "offer" or (strategy in PRESENT and f"inform:{self._domain}" in self._open())):
+            name = next(name for name in ("leaveAt", "name", "department") if name in row)
+            values[name] = str(row[name])
+        if strategy == "inform" and row and f"{self._domain}.?" in self._told:
+            asked = self._case.wants[self._domain].reqt
+            values |= {name: str(row[name]) for name in asked if _shown(name, row.get(name))}
         if strategy == "book" and "bookable" in self._facts():
-            return dict(self._case.receipts[self._domain])
-        if row is None or strategy not in ("offer", "inform"):
-            return {}
-        if strategy == "inform":
-            asked = self._case.wants[self._domain].reqt if f"{self._domain}.?" in self._told else ()
-            return {name: str(row[name]) for name in asked if _shown(name, row.get(name))}
-        name = next(name for name in ("leaveAt", "name", "department") if name in row)
-        return {name: str(row[name])}
+            values |= self._case.receipts[self._domain]
+        return values
 
     def _steps(self) -> list[str]:
         """What the goal needs now, first things first; none while the user has not said what they want next."""
@@ -238,22 +248,34 @@ class MultiwozDialogue(ReplayDialogue):
         domain, asks = self._domain, [ASK + slot.partition(".")[2] for slot in self._missing()]
         if domain == "taxi":
             return asks or ["book"]
-        if f"inform:{domain}" in self._open():
-            return ["no_offer"] if not self._found() else asks or ["offer"]
-        steps = ["inform"] if f"request:{domain}" in self._open() and f"{domain}.?" in self._told else []
+        known = all(f"{domain}.{slot}" in self._told for slot in self._wanted("info"))
+        present = f"inform:{domain}" in self._open()
+        if present and not (known and self._found()):
+            return asks if self._found() else ["no_offer"]
+        steps = ["offer"] if present else []
+        steps += ["inform"] if present or (f"request:{domain}" in self._open() and f"{domain}.?" in self._told) else []
         if f"book:{domain}" in self._open() and f"{domain}.book" in self._told:
             steps += asks or ["no_book" if self._fails("book") else "book"]
         return steps
+
+    def _completes(self, strategy: str) -> list[str]:
+        """The open subgoals that ``strategy`` completes when its reply states what is expected."""
+        names = ["inform"] if strategy in PRESENT else []
+        names += ["request"] if strategy == "inform" and f"{self._domain}.?" in self._told else []
+        names += ["book"] if strategy == "book" else []
+        return [subgoal for name in names if (subgoal := f"{name}:{self._domain}") in self._open()]
 
     def _required(self) -> set[str]:
         return set(self._steps()).intersection(self._allowed())
 
     def _facts(self) -> set[str]:
-        domain, found = self._domain, self._domain != "taxi" and self._opened()
-        facts = {f"slot:{slot}" for slot in SLOTS[domain]}
-        facts |= {"found" if self._found() else "nothing"} if found else set()
-        presented = domain == "taxi" or f"inform:{domain}" in self._completed
-        if presented and f"book:{domain}" in self._open() and not self._missing():
+        domain, told = self._domain, self._told
+        talked = {slot.partition(".")[0] for slot in told}
+        facts = {f"slot:{slot}" for other in talked for slot in SLOTS[other]}
+        if domain != "taxi" and self._opened():
+            facts.add("found" if self._found() else "nothing")
+        booked = [f"{domain}.{slot}" for slot in BOOKED.get(domain, ())]
+        if domain in BOOKED and self._opened() and told.issuperset(booked) and "nothing" not in facts:
             facts.add("unbookable" if self._fails("book") else "bookable")
         return facts
 

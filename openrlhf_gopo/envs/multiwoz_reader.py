@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -23,6 +23,7 @@ import yaml
 
 from openrlhf_gopo.envs.base import HumanDialogue, HumanTurn
 from openrlhf_gopo.envs.reading import as_object, folder, get, parse, shorten, split_of
+from openrlhf_gopo.envs.replayed import BYE
 from openrlhf_gopo.errors import DataError
 
 LAYOUT = "point --gopo.data at a folder with MultiWOZ 2.1's data.json or val.json (or .zip) and its db/<domain>_db.json"
@@ -140,6 +141,8 @@ def _record(id_: str, value: Any, where: str, split: str) -> Record:
         (user, asked), (system, acts) = turns[index], turns[index + 1]
         strategy = _strategy(acts, asked, f"{where}:log[{index + 1}].dialog_act")
         exchanges.append(Exchange(user, asked, system, acts, strategy))
+    early = [index for index, one in enumerate(exchanges) if one.strategy == BYE][:-1]  # a dialogue ends once
+    exchanges = [replace(one, strategy="reply") if i in early else one for i, one in enumerate(exchanges)]
     return Record(id_, wants, tuple(exchanges), split)
 
 

@@ -8,7 +8,6 @@ from openrlhf_gopo.sop.rules import Rule, Sop
 from openrlhf_gopo.types import Strategy
 
 ASK, MORE, REPLY = "ask:", "anything_else", "reply"
-BOOKING = ("day", "people", "stay", "time")
 SLOTS = {  # what there is to ask for, by domain
     "restaurant": ("area", "pricerange", "food", "name", "day", "people", "time"),
     "hotel": ("area", "pricerange", "type", "stars", "internet", "parking", "name", "day", "people", "stay"),
@@ -18,6 +17,7 @@ SLOTS = {  # what there is to ask for, by domain
     "hospital": ("department",),
     "police": (),
 }
+BOOKED = {"restaurant": ("day", "people", "time"), "hotel": ("day", "people", "stay"), "train": ("people",), "taxi": ()}
 NAMES = dict(table()["slots"].values())  # slot -> its name in a sentence
 
 
@@ -37,7 +37,7 @@ def procedure() -> Sop:
     """When each strategy is allowed.
 
     A question: in a domain that has the slot. What is presented, or said not to exist: as the database says for what
-    was told so far. A booking: of something presented, once all of it was told, as the booking office says.
+    was told so far. A booking: once all that it takes was told, as the booking office says.
     """
     ids = tuple(strategy.id for strategy in strategies())
     facts = {

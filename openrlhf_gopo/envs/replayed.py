@@ -30,6 +30,7 @@ class ReplayDialogue(Dialogue):
         self._goal, self._user, self._told, self._words = goal, user, set(told), words
         self._history: list[str] = []
         self._completed: set[str] = set()
+        self._new: set[str] = set()  # slots told in the latest answer for the first time
         self._off_task = 0
         self._over = False
 
@@ -53,9 +54,6 @@ class ReplayDialogue(Dialogue):
         """``answer``, extended by what the user wants next once its turn is accounted for."""
         return answer
 
-    def _learned(self, new: set[str]) -> None:
-        """The user told the slots ``new`` for the first time."""
-
     def step(self, strategy: str, reply: str) -> Outcome:
         """Play one turn. A reply without a word, or not understood, gets a complaint and does nothing else."""
         if self._over:
@@ -70,9 +68,8 @@ class ReplayDialogue(Dialogue):
         answer, completed, events = self._play(strategy) if heard else (self._user.complain(), [], ["reply:unclear"])
         if heard:  # what was not said may be said again
             self._history.append(strategy)
-        new = set(answer.tells - self._told)
-        self._told |= new
-        self._learned(new)
+        self._new = set(answer.tells - self._told)
+        self._told |= self._new
         completed += [f"slot:{slot}" for slot in sorted(answer.tells) if f"slot:{slot}" in self._goal.subgoals]
         completed = [name for name in dict.fromkeys(completed) if name not in self._completed]
         self._completed.update(completed)

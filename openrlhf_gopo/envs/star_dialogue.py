@@ -91,8 +91,9 @@ class StarDialogue(ReplayDialogue):
 
     # -- playing ---------------------------------------------------------------------------------------------------
 
-    def _learned(self, new: set[str]) -> None:
-        self._stale = self._stale and not new
+    def _follow(self, answer: Answer) -> Answer:
+        self._stale = self._stale and not self._new
+        return answer
 
     def _play(self, strategy: str) -> tuple[Answer, list[str], list[str]]:
         if strategy in self._manual.queries.values():
