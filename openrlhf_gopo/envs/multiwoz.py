@@ -174,7 +174,11 @@ def _tells(one: Exchange, domain: str, record: Record) -> set[str]:
             told.add(f"{where}.?")
     want = record.wants[domain]
     values = {**want.book, **want.info}
-    told |= {f"{domain}.{s}" for s, value in values.items() if len(value) > 2 and (mentions(one.user, value) or plain(value) in plain(one.user))}
+    told |= {
+        f"{domain}.{s}"
+        for s, value in values.items()
+        if len(value) > 2 and (mentions(one.user, value) or plain(value) in plain(one.user))
+    }
     if want.book and ("book" in one.user or "reserv" in one.user or any(f"{domain}.{s}" in told for s in want.book)):
         told.add(f"{domain}.book")
     return told

@@ -165,6 +165,8 @@ def test_closing_early_and_saying_nothing(small):
     silent = talk.step("ask_name", " ... ")
     assert silent.completed == ()
     assert not silent.on_task
+    assert talk.relevance()["ask_name"] == 3  # it was not said: it can be said again
+    talk.step("hello", "Hello.")
     assert talk.step("goodbye", "Bye.").stop is StopReason.CLOSED
 
 
