@@ -67,7 +67,9 @@ class PreferenceConfig:
 class GopoConfig:
     """``--gopo.*``: everything that is not an upstream flag."""
 
-    env: str = flag(None, "environment: shop, star, an entry point, or path/to/file.py:ClassName", kind=str)
+    env: str = flag(
+        None, "environment: shop, star, abcd, multiwoz, an entry point, or path/to/file.py:ClassName", kind=str
+    )
     data: str = flag(None, "data folder of the environment (star: STAR's upstream layout)", kind=str)
     sharing: str = flag(
         "separate", "two models, or one model in two roles with both losses", choices=("separate", "shared")
@@ -112,7 +114,10 @@ class GopoConfig:
     def __post_init__(self) -> None:
         _check_choices(self, "gopo")
         _require(
-            bool(self.env), "--gopo.env", self.env, "name an environment: shop, star, or path/to/file.py:ClassName"
+            bool(self.env),
+            "--gopo.env",
+            self.env,
+            "name an environment: shop, star, abcd, multiwoz, or path/to/file.py:ClassName",
         )
         for name in ("max_turns", "reply_max_tokens", "attempts", "eval_goals", "expert_num_engines", "schedule_steps"):
             value = getattr(self, name)

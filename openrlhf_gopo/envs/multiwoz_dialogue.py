@@ -8,7 +8,7 @@ from typing import Any
 
 from openrlhf_gopo.envs.multiwoz_db import Row, chosen, query
 from openrlhf_gopo.envs.multiwoz_reader import Want, table
-from openrlhf_gopo.envs.multiwoz_sop import ASK, BOOKED, MORE, NAMES, SLOTS
+from openrlhf_gopo.envs.multiwoz_sop import ASK, BOOKED, LABELS, MORE, SLOTS
 from openrlhf_gopo.envs.reading import mentions
 from openrlhf_gopo.envs.replayed import BYE, ReplayDialogue
 from openrlhf_gopo.rewards.text import mentions as states
@@ -75,15 +75,17 @@ class MultiwozDialogue(ReplayDialogue):
     def briefing(self, strategy: str) -> str:
         """What the strategy is for; what the database has for what was told; what a booking returns."""
         kind, _, slot = strategy.partition(":")
-        lines = [table()["strategies"][kind].format(name=NAMES.get(slot, slot))]
+        lines = [table()["strategies"][kind].format(name=LABELS.get(slot, slot))]
         if self._domain != "taxi" and kind in ("offer", "no_offer", "inform"):
             told = ", ".join(
-                f"{NAMES.get(s, s)} {v}" for s, v in self._wanted("info").items() if f"{self._domain}.{s}" in self._told
+                f"{LABELS.get(s, s)} {v}"
+                for s, v in self._wanted("info").items()
+                if f"{self._domain}.{s}" in self._told
             )
             lines.append(f"Database: {len(self._found())} of {self._domain} for {told or 'any wish'}.")
         row = self._row()
         if row and kind in ("offer", "inform"):
-            lines.append("; ".join(f"{NAMES.get(k, k)}: {v}" for k, v in row.items() if _shown(k, v)))
+            lines.append("; ".join(f"{LABELS.get(k, k)}: {v}" for k, v in row.items() if _shown(k, v)))
         if kind == "book":
             lines += [f"{name}: {value}" for name, value in self._values(strategy).items()]
         return "\n".join(lines)
@@ -99,11 +101,13 @@ class MultiwozDialogue(ReplayDialogue):
             return own
         kind, _, slot = strategy.partition(":")
         values = self._values(strategy)
-        told = ", ".join(f"{NAMES.get(key, key)}: {value}" for key, value in values.items())
+        told = ", ".join(f"{LABELS.get(key, key)}: {value}" for key, value in values.items())
         row = self._row() or {}
         train = f"the train {row.get('trainID')}, leaving at {row.get('leaveAt')}"
         entity = train if "trainID" in row else next(iter(values.values()), "this")
-        text = table()["say"][kind].format(name=NAMES.get(slot, slot), entity=entity, values=f"{told}." if told else "")
+        text = table()["say"][kind].format(
+            name=LABELS.get(slot, slot), entity=entity, values=f"{told}." if told else ""
+        )
         return text.strip()
 
     def relevance(self) -> Mapping[str, int]:
@@ -136,8 +140,7 @@ class MultiwozDialogue(ReplayDialogue):
         row = self._row()
         if f"inform:{domain}" in completed and row:
             self._rows[domain] = row
-        own = self._user.own(strategy, self._index)
-        return own or Answer("", "value"), completed, events
+        return self._user.own(strategy, self._index) or Answer("", "value"), completed, events
 
     def _ease(self, strategy: str) -> Answer:
         """The user gives up the attempt that failed, and says what they want instead."""
@@ -147,7 +150,7 @@ class MultiwozDialogue(ReplayDialogue):
         self._eased.add(f"{part}:{self._domain}")
         own = self._user.own(strategy, self._index) or Answer("", "value")
         new = {slot: value for slot, value in instead.items() if tried.get(slot, value) != value}
-        rest = [f"{NAMES.get(slot, slot)} {value}" for slot, value in new.items() if not mentions(own.text, value)]
+        rest = [f"{LABELS.get(slot, slot)} {value}" for slot, value in new.items() if not mentions(own.text, value)]
         text = " ".join([own.text, *([f"How about {', '.join(rest)}?"] if rest else [])]).strip()
         return Answer(text, own.source, own.tells | {f"{self._domain}.{slot}" for slot in new})
 
@@ -176,7 +179,7 @@ class MultiwozDialogue(ReplayDialogue):
             text = f"I also need {'an' if domain[0] in 'aeiou' else 'a'} {domain}."
             return Answer(own.text, "own", own.tells | told) if own else Answer(text, "value", told)
         if f"request:{domain}" in self._open():
-            names = " and ".join(NAMES.get(name, name) for name in self._case.wants[domain].reqt)
+            names = " and ".join(LABELS.get(name, name) for name in self._case.wants[domain].reqt)
             return Answer(f"Could you tell me the {names}?", "value", frozenset({f"{domain}.?"}))
         return Answer("Please book it for me.", "value", frozenset({f"{domain}.book"}))
 

@@ -19,6 +19,7 @@ SLOTS = {  # what there is to ask for, by domain
 }
 BOOKED = {"restaurant": ("day", "people", "time"), "hotel": ("day", "people", "stay"), "train": ("people",), "taxi": ()}
 NAMES = dict(table()["slots"].values())  # slot -> its name in a sentence
+LABELS = {**NAMES, "trainID": "train ID"}  # the same, with fields of the database
 
 
 def strategies() -> tuple[Strategy, ...]:

@@ -1,4 +1,4 @@
-"""The share of human turns that an SOP allows, on STAR's small folder (a perfect one) and on dialogues that break it."""
+"""The share of human turns that an SOP allows: on STAR's small folder, and on dialogues that break its rules."""
 
 import math
 import os
@@ -20,9 +20,9 @@ def star():
 
 
 def with_turns(env, *strategies):
-    env.human = lambda goal: [
-        HumanTurn("words" * (not s.startswith("+")), s.removeprefix("+"), "Well.") for s in strategies
-    ]
+    """The share of one dialogue; a strategy marked + follows before the user spoke."""
+    turns = [HumanTurn("" if s.startswith("+") else "words", s.removeprefix("+"), "Well.") for s in strategies]
+    env.human = lambda goal: turns
     return sop_share(env, env.goals("train")[:1])
 
 
