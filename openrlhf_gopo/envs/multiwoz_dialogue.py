@@ -8,7 +8,7 @@ from typing import Any
 
 from openrlhf_gopo.envs.multiwoz_db import Row, chosen, query
 from openrlhf_gopo.envs.multiwoz_reader import Want, table
-from openrlhf_gopo.envs.multiwoz_sop import ASK, BOOKED, LABELS, MORE, SLOTS
+from openrlhf_gopo.envs.multiwoz_sop import ASK, BOOKED, LABELS, MORE, QUESTIONS, SLOTS
 from openrlhf_gopo.envs.reading import mentions
 from openrlhf_gopo.envs.replayed import BYE, ReplayDialogue
 from openrlhf_gopo.rewards.text import mentions as states
@@ -37,8 +37,8 @@ class Case:
     ``domains``: in the order the user came to them; ``wants`` by domain. ``failing``: the goal's first attempts that
     came to nothing, as ``info:<domain>`` and ``book:<domain>``. ``opens``: by domain, the words that brought it up.
     ``spoken``: by domain, all that the human system said. ``receipts``: by domain, what a booking returns.
-    ``last``: the user's words that end a dialogue. Slots are ``<domain>.<slot>``; ``<domain>.?`` and ``<domain>.book``
-    are told when the user asks for attributes or for a booking.
+    ``last``: the user's words that end a dialogue. Slots are ``<domain>.<slot>``; ``<domain>.!``, ``<domain>.?`` and ``<domain>.book``
+    are told when the user brings up the domain, asks for attributes, asks for a booking.
     """
 
     domains: tuple[str, ...]
@@ -99,16 +99,14 @@ class MultiwozDialogue(ReplayDialogue):
         own = next((beat.text for beat in self._fitting(strategy)), "")
         if own and all(states(own, value) for value in self.expected(strategy)):
             return own
-        kind, _, slot = strategy.partition(":")
+        if strategy.startswith(ASK):
+            return QUESTIONS[strategy.removeprefix(ASK)]
         values = self._values(strategy)
         told = ", ".join(f"{LABELS.get(key, key)}: {value}" for key, value in values.items())
         row = self._row() or {}
         train = f"the train {row.get('trainID')}, leaving at {row.get('leaveAt')}"
         entity = train if "trainID" in row else next(iter(values.values()), "this")
-        text = table()["say"][kind].format(
-            name=LABELS.get(slot, slot), entity=entity, values=f"{told}." if told else ""
-        )
-        return text.strip()
+        return str(table()["say"][strategy].format(entity=entity, values=f"{told}." if told else "")).strip()
 
     def relevance(self) -> Mapping[str, int]:
         """3: of the required steps, the one the human took next, else the first. 2: another required step. 1: what

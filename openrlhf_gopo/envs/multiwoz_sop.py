@@ -18,7 +18,8 @@ SLOTS = {  # what there is to ask for, by domain
     "police": (),
 }
 BOOKED = {"restaurant": ("day", "people", "time"), "hotel": ("day", "people", "stay"), "train": ("people",), "taxi": ()}
-NAMES = dict(table()["slots"].values())  # slot -> its name in a sentence
+NAMES = {slot: name for slot, name, _ in table()["slots"].values()}  # slot -> its name in a sentence
+QUESTIONS = {slot: question for slot, _, question in table()["slots"].values()}
 LABELS = {**NAMES, "trainID": "train ID"}  # the same, with fields of the database
 
 
