@@ -37,8 +37,8 @@ class Case:
     ``domains``: in the order the user came to them; ``wants`` by domain. ``failing``: the goal's first attempts that
     came to nothing, as ``info:<domain>`` and ``book:<domain>``. ``opens``: by domain, the words that brought it up.
     ``spoken``: by domain, all that the human system said. ``receipts``: by domain, what a booking returns.
-    ``last``: the user's words that end a dialogue. Slots are ``<domain>.<slot>``; ``<domain>.!``, ``.?`` and ``.book`` are
-    told when the user brings up the domain, asks for attributes, asks for a booking.
+    ``last``: the user's words that end a dialogue. Slots are ``<domain>.<slot>``; of these ``!``, ``?`` and
+    ``book`` are told when the user brings up the domain, asks for attributes, asks for a booking.
     """
 
     domains: tuple[str, ...]
