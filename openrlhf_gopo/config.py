@@ -112,13 +112,17 @@ class LlmConfig:
 class GopoConfig:
     """``--gopo.*``: everything that is not an upstream flag."""
 
-    env: str = flag(None, "environment: shop, star, an entry point, or path/to/file.py:ClassName", kind=str)
-    data: str = flag(None, "data of the environment (star: folder in STAR's upstream layout; shop: en or zh)", kind=str)
+    env: str = flag(
+        None, "environment: shop, star, abcd, multiwoz, an entry point, or path/to/file.py:ClassName", kind=str
+    )
+    data: str = flag(
+        None, "data of the environment (star, abcd, multiwoz: folder in upstream's layout; shop: en or zh)", kind=str
+    )
     user: str = flag(
         None,
-        "who words the customers: agenda (shop's own), replay (star's own), llm:MODEL@URL (OpenAI-compatible; URL as "
-        "in http://localhost:8000/v1), an entry point, path/to/file.py:ClassName, or a mixture by weight, drawn per "
-        "dialogue: agenda=0.7,llm:MODEL@URL=0.3; default: the environment's own",
+        "who words the customers: agenda (shop's own), replay (of star, abcd, multiwoz), llm:MODEL@URL "
+        "(of OpenAI's API; URL as in http://localhost:8000/v1), an entry point, path/to/file.py:ClassName, or a "
+        "mixture by weight, drawn per dialogue: agenda=0.7,llm:MODEL@URL=0.3; default: the environment's own",
         kind=str,
     )
     policy: str = flag(
@@ -177,7 +181,10 @@ class GopoConfig:
     def __post_init__(self) -> None:
         _check_choices(self, "gopo")
         _require(
-            bool(self.env), "--gopo.env", self.env, "name an environment: shop, star, or path/to/file.py:ClassName"
+            bool(self.env),
+            "--gopo.env",
+            self.env,
+            "name an environment: shop, star, abcd, multiwoz, or path/to/file.py:ClassName",
         )
         counts = ("max_turns", "reply_max_tokens", "attempts", "eval_goals", "expert_num_engines", "schedule_steps")
         for name in (*counts, "expert_plan_tokens"):

@@ -1,4 +1,4 @@
-"""Environments by name: ``shop``, ``star``, an entry point of another package, or ``path/to/file.py:ClassName``."""
+"""Environments by name: a built-in one, an entry point of another package, or ``path/to/file.py:ClassName``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from openrlhf_gopo.users import UserSpec, load_users
 
 __all__ = ["Dialogue", "Environment", "GuidedDialogue", "load_environment"]
 
-BUILTIN = {"shop": "openrlhf_gopo.envs.shop:Shop", "star": "openrlhf_gopo.envs.star:Star"}
+BUILTIN = {
+    "shop": "openrlhf_gopo.envs.shop:Shop",
+    "star": "openrlhf_gopo.envs.star:Star",
+    "abcd": "openrlhf_gopo.envs.abcd:Abcd",
+    "multiwoz": "openrlhf_gopo.envs.multiwoz:Multiwoz",
+}
 ENTRY_POINTS = "openrlhf_gopo.envs"
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.sop import Procedure
@@ -21,6 +22,32 @@ from openrlhf_gopo.types import Goal, Observation, Outcome, Strategy
 from openrlhf_gopo.users.base import AsDrafted, Share, Users, Voice
 
 SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class HumanTurn:
+    """One turn of a human agent: the user's words before it, its strategy ("" when unknown), and the agent's words.
+
+    ``events``: what else the log records of it (a system message, a result).
+    """
+
+    user: str
+    strategy: str
+    reply: str
+    events: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class HumanDialogue:
+    """One human dialogue as its reader yields it: the turns, and ``last``, the user's words after the last one.
+
+    ``goal``: what the data set says of the user's goal, in its own keys.
+    """
+
+    id: str
+    goal: Mapping[str, Any]
+    turns: tuple[HumanTurn, ...]
+    last: str = ""
 
 
 class Dialogue(ABC):
@@ -107,6 +134,10 @@ class Environment(ABC):
     @abstractmethod
     def start(self, goal: Goal, seed: int) -> Dialogue:
         """A fresh dialogue. Equal (goal, seed, strategies, replies) give equal transcripts."""
+
+    def human(self, goal: Goal) -> Sequence[HumanTurn]:
+        """The human dialogue that ``goal`` was made from, as turns; () where there is none."""
+        return ()
 
     def voice(self, goal: Goal, seed: int) -> Voice:
         """How the customer of the dialogue (goal, seed) speaks; ``start`` hands it to the dialogue."""

@@ -11,25 +11,24 @@ turns that fit, are cut from a goal. ``Star.census`` counts all of it.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from openrlhf_gopo.envs.base import SPLITS, Dialogue, Environment
+from openrlhf_gopo.envs.base import SPLITS, Dialogue, Environment, HumanTurn
+from openrlhf_gopo.envs.reading import split_of
+from openrlhf_gopo.envs.replayed import BYE, PATIENCE
 from openrlhf_gopo.envs.star_dialogue import StarDialogue
 from openrlhf_gopo.envs.star_reader import Record, Task, read
 from openrlhf_gopo.envs.star_script import Script, pairs, report_ids, write_script
-from openrlhf_gopo.envs.star_sop import BYE, Manual, write_manual
+from openrlhf_gopo.envs.star_sop import Manual, write_manual
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.sop import Procedure
 from openrlhf_gopo.types import Goal, Strategy
 from openrlhf_gopo.users.replay import Pool, ReplayUser
 
-HELDOUT_PERCENT = 20
 SLOTS_WEIGHT, REPORTS_WEIGHT, CLOSE_WEIGHT = 0.3, 0.6, 0.1
-PATIENCE = 3  # off-task turns in a row after which the user leaves
 
 
 class Star(Environment):
@@ -75,12 +74,12 @@ class Star(Environment):
         Raises:
             ConfigError: ``goal`` is not one of this environment's.
         """
-        script, manual = self.human(goal)
+        script, manual = self.script(goal)
         rng = random.Random(f"{goal.id}/{seed}")
         user = ReplayUser(script.said, self._pools[goal.intent], self._everyone, rng)
         return StarDialogue(goal, script, manual, user, self.voice(goal, seed))
 
-    def human(self, goal: Goal) -> tuple[Script, Manual]:
+    def script(self, goal: Goal) -> tuple[Script, Manual]:
         """The human dialogue behind ``goal``, and the manual of its task.
 
         Raises:
@@ -90,6 +89,19 @@ class Star(Environment):
         if script is None:
             raise ConfigError(f"star: goal {goal.id!r} is not in the loaded data; take goals from goals(split)")
         return script, self._manuals[goal.intent]
+
+    def human(self, goal: Goal) -> Sequence[HumanTurn]:
+        """The wizard's utterances and queries of the rounds that the goal keeps."""
+        script, manual = self.script(goal)
+        turns, user, segment = list[HumanTurn](), script.opening.text, 0
+        for beat in script.beats:
+            for current in script.rounds[segment : beat.segment]:
+                turns.append(HumanTurn(user, manual.queries[current.result[0]], "", (f"query:{current.result[1]}",)))
+                user, segment = "", beat.segment
+            if beat.segment <= len(script.rounds):
+                turns.append(HumanTurn(user, beat.label, beat.text))
+                user = beat.user
+        return turns
 
     def _add(self, record: Record, manual: Manual) -> None:
         script = write_script(record, manual)
@@ -128,13 +140,8 @@ def _goal(script: Script, manual: Manual) -> Goal:
         facts=pairs(script.values),
         persona={"patience": PATIENCE, "happy": record.happy},
         data={"dialogue": record.id, "human_success": all(verdicts) if verdicts else None},
-        split=_split(record.id),
+        split=split_of(record.id),
     )
-
-
-def _split(dialogue: str) -> str:
-    digest = hashlib.sha256(dialogue.encode()).digest()
-    return "heldout" if int.from_bytes(digest[:4], "big") % 100 < HELDOUT_PERCENT else "train"
 
 
 def _context(record: Record, manual: Manual) -> str:

@@ -6,18 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from openrlhf_gopo.envs.base import Dialogue
-from openrlhf_gopo.envs.star_script import CLEAR, Round, Script, report_ids
-from openrlhf_gopo.envs.star_sop import BYE, CONFUSED, HELLO, MORE, Manual, describe
-from openrlhf_gopo.errors import DialogueError, SopError
+from openrlhf_gopo.envs.reading import CLEAR
+from openrlhf_gopo.envs.replayed import BYE, ReplayDialogue
+from openrlhf_gopo.envs.star_script import Round, Script, report_ids
+from openrlhf_gopo.envs.star_sop import CONFUSED, HELLO, MORE, Manual, describe
 from openrlhf_gopo.rewards.text import mentions
-from openrlhf_gopo.types import Goal, Observation, Outcome, StopReason
+from openrlhf_gopo.types import Goal
 from openrlhf_gopo.users.base import Voice
 from openrlhf_gopo.users.replay import Answer, ReplayUser
 
-# The user's reaction as engagement, by the source of their words; off task they have less to say.
-ENGAGEMENT = {"own": 1.0, "value": 1.0, "pool": 0.8, "generic": 0.8}
-OFF_TASK = {"own": 0.4, "value": 0.4, "pool": 0.3, "generic": 0.1}
 LONG = 6  # words; a longer value need not stand in a reply verbatim
 # Said while a later query runs, so that a dialogue of several rounds does not repeat itself.
 AGAIN = ("Sure, I will check that for you.", "Of course. Just a second.", "Let me have a look.")
@@ -46,7 +43,7 @@ def brief(manual: Manual, strategy: str, shown: Mapping[str, str] | None) -> str
     return "\n".join(lines)
 
 
-class StarDialogue(Dialogue):
+class StarDialogue(ReplayDialogue):
     """Plays ``script`` with ``user``. Single use.
 
     State: slots ``told``; the number of results so far (``segment``); the reports still ``owed`` for the latest one;
@@ -54,20 +51,15 @@ class StarDialogue(Dialogue):
     """
 
     def __init__(self, goal: Goal, script: Script, manual: Manual, user: ReplayUser, voice: Voice) -> None:
-        self._goal, self._script, self._manual, self._user = goal, script, manual, user
-        self.user, self._voice = voice.name, voice
-        self._history: list[str] = []
-        self._told = set(script.opening.tells)
         # A slot the API requires but this goal's wizard never entered has a default.
-        self._told |= set(manual.task.required) - {s for r in script.rounds for s in r.needs}
+        default = set(manual.task.required) - {s for r in script.rounds for s in r.needs}
+        super().__init__(goal, user, script.opening.tells | default, script.opening.text, voice)
+        self._script, self._manual = script, manual
         self._segment = 0
         self._owed: list[tuple[str, tuple[str, ...]]] = []  # (subgoal, reports that complete it)
         self._stale = False
-        self._completed: set[str] = set()
-        self._off_task = 0
-        self._over = False
         self._replayed: list[str] = []  # strategies of this segment, for "what the human did next"
-        self.opening = Observation(self._say(Answer(script.opening.text, "own", script.opening.tells)), self._allowed())
+        self.opening = self._observe(Answer(self._words, "own", script.opening.tells))
 
     # -- what the agent is told ------------------------------------------------------------------------------------
 
@@ -107,62 +99,14 @@ class StarDialogue(Dialogue):
 
     # -- playing ---------------------------------------------------------------------------------------------------
 
-    def step(self, strategy: str, reply: str) -> Outcome:
-        """Play one turn. A reply without a word gets a complaint and does nothing else."""
-        if self._over:
-            raise DialogueError(f"star: goal {self._goal.id}: the dialogue is over; start a new one")
-        allowed = self._allowed()
-        if strategy not in allowed:
-            raise SopError(f"star: {strategy!r} is not allowed now; allowed: {', '.join(allowed)}")
-        silent = not re.search(r"\w", reply)
-        on_task = strategy in self._required() and not silent
-        if strategy == BYE:
-            return self._close(on_task)
-        answer, completed, events = (self._user.complain(), [], ["reply:empty"]) if silent else self._play(strategy)
-        self._history.append(strategy)
-        new = answer.tells - self._told
-        self._told |= answer.tells
-        self._stale = self._stale and not new
-        completed += [f"slot:{slot}" for slot in sorted(answer.tells) if f"slot:{slot}" in self._goal.subgoals]
-        completed = [name for name in dict.fromkeys(completed) if name not in self._completed]
-        self._completed.update(completed)
-        return self._react(answer, reply, events, completed, on_task or bool(completed))
+    def _follow(self, answer: Answer) -> Answer:
+        self._stale = self._stale and not self._new
+        return answer
 
-    def _close(self, on_task: bool) -> Outcome:
-        self._over = True
-        completed = (f"close:{BYE}",) if on_task else ()
-        self._completed.update(completed)
-        done = self._completed == set(self._goal.subgoals)
-        return Outcome(
-            events=("agent:goodbye",),
-            completed=completed,
-            engagement=1.0 if on_task else 0.0,
-            on_task=on_task,
-            stop=StopReason.COMPLETED if done else StopReason.CLOSED,
-        )
-
-    def _react(self, answer: Answer, reply: str, events: list[str], completed: list[str], on_task: bool) -> Outcome:
-        self._off_task = 0 if on_task else self._off_task + 1
-        if self._off_task >= self._goal.persona["patience"]:
-            self._over = True
-            return Outcome(events=(*events, "user:left"), completed=tuple(completed), stop=StopReason.USER_LEFT)
-        return Outcome(
-            events=(*events, f"user:{answer.source}"),
-            completed=tuple(completed),
-            engagement=(ENGAGEMENT if on_task else OFF_TASK)[answer.source],
-            on_task=on_task,
-            next=Observation(self._say(answer, reply), self._allowed()),
-        )
-
-    def _say(self, answer: Answer, heard: str = "") -> str:
-        """The replayed words, or another simulator's wording of them that keeps this goal's values."""
-        told = {slot: value for slot, value in self._values().items() if slot in self._told}
-        stated = (v for _, v in self._script.values if v.casefold() not in CLEAR and mentions(answer.text, v))
-        acts = [f"tell {slot}" for slot in sorted(answer.tells)] or ["answer"]
-        return self._voice.say(answer.text, values=stated, acts=acts, told=told, heard=heard)
+    def _stated(self, text: str) -> list[str]:
+        return [v for _, v in self._script.values if v.casefold() not in CLEAR and mentions(text, v)]
 
     def _play(self, strategy: str) -> tuple[Answer, list[str], list[str]]:
-        """The user's answer, the subgoals completed (slots apart), and the events."""
         if strategy in self._manual.queries.values():
             return self._query()
         self._replayed.append(strategy)
@@ -174,7 +118,7 @@ class StarDialogue(Dialogue):
         if slot in self._told:
             return self._user.complain(), [], []
         if slot is not None and slot in self._needs():
-            return self._user.tell(strategy, slot, self._values()), [], []
+            return self._user.tell(strategy, (slot,), self._values()), [], []
         if self._done() and strategy == MORE:
             return self._last_words(strategy), [], []
         return self._user.react(strategy, self._segment, self._values()), [], []

@@ -6,11 +6,11 @@ the results so far, so segment 0 lies before the first query. Only this module k
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from openrlhf_gopo.envs.reading import mentions
 from openrlhf_gopo.envs.star_reader import Event, Record
 from openrlhf_gopo.envs.star_sop import HELLO, Manual, Result, canonical, phase, status
 from openrlhf_gopo.users.replay import Said
@@ -18,7 +18,6 @@ from openrlhf_gopo.users.replay import Said
 MAX_ROUNDS = 4
 MAX_STEPS = 12  # required turns of one goal, two less than the environment's cap
 MAX_REPORTS = 2  # per round
-CLEAR = {"yes", "no", "true", "false", "n/a", "none"}  # values that occur in any text: never found by looking
 
 
 @dataclass
@@ -207,21 +206,6 @@ def report_ids(script: Script, index: int) -> list[str]:
     """The subgoals of one round: one per report, or a single one where any report of the result will do."""
     labels = script.rounds[index].reports
     return [f"report:{index + 1}:{label}" for label in labels] or [f"report:{index + 1}"]
-
-
-def mentions(text: str, value: str) -> bool:
-    """Whether ``text`` names ``value``, up to case, punctuation and ``2 pm``/``2pm``, ``26th``/``26``."""
-    plain = _normal(value)
-    if not plain or plain in CLEAR:
-        return False
-    ordinal = re.fullmatch(r"(\d+)(?:st|nd|rd|th)", plain)
-    found = f" {_normal(text)} "
-    return f" {plain} " in found or (ordinal is not None and f" {ordinal.group(1)} " in found)
-
-
-def _normal(text: str) -> str:
-    words = " ".join(re.findall(r"[a-z0-9]+", text.casefold()))
-    return re.sub(r"(\d+) (am|pm|st|nd|rd|th)\b", r"\1\2", words)
 
 
 def pairs(values: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -13,11 +13,12 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from openrlhf_gopo.envs.replayed import BYE
 from openrlhf_gopo.envs.star_reader import Event, Record, Task
 from openrlhf_gopo.sop.rules import Rule, Sop
 from openrlhf_gopo.types import Strategy
 
-HELLO, MORE, CONFUSED, BYE = "hello", "anything_else", "out_of_scope", "goodbye"
+HELLO, MORE, CONFUSED = "hello", "anything_else", "out_of_scope"
 SHARED = {
     HELLO: "Hello, how can I help?",
     MORE: "Is there anything else that I can do for you?",

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf_gopo.envs.base import SPLITS
+from openrlhf_gopo.envs.replayed import ENGAGEMENT, OFF_TASK
 from openrlhf_gopo.envs.star import Star
-from openrlhf_gopo.envs.star_dialogue import ENGAGEMENT, OFF_TASK, brief
+from openrlhf_gopo.envs.star_dialogue import brief
 from openrlhf_gopo.envs.star_script import Beat, Script, report_ids
 from openrlhf_gopo.envs.star_sop import BYE, HELLO, Manual
 from openrlhf_gopo.types import Goal, StopReason
@@ -35,7 +36,7 @@ def records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             logger.warning("star: %d dialogues %s", count, reason)
     for split in SPLITS:
         for goal in env.goals(split):
-            script, manual = env.human(goal)
+            script, manual = env.script(goal)
             yield f"{folder}: dialogue {script.record.id}", _record(goal, script, manual)
 
 

@@ -101,31 +101,41 @@ class Pool:
 class ReplayUser:
     """One user in one dialogue: ``said`` is the goal's own dialogue after the opening, ``pool`` its task's.
 
-    ``everyone`` (all tasks) stands in where the task's users never reacted so. ``rng`` is the only source of chance.
+    ``everyone`` (all tasks) stands in where the task's users never reacted so. ``asked``: whose answers to questions
+    may be borrowed (``pool`` when None). ``rng`` is the only source of chance.
     """
 
-    def __init__(self, said: Sequence[Said], pool: Pool, everyone: Pool, rng: random.Random) -> None:
+    def __init__(
+        self, said: Sequence[Said], pool: Pool, everyone: Pool, rng: random.Random, asked: Pool | None = None
+    ) -> None:
         self._said, self._pool, self._everyone, self._rng = said, pool, everyone, rng
+        self._asked = asked or pool
         self._used: set[int] = set()
 
-    def tell(self, strategy: str, slot: str, values: Mapping[str, str]) -> Answer:
-        """Answer a question for ``slot``; always tells it."""
-        telling = [i for i, said in enumerate(self._said) if slot in said.tells]
-        own = self._first([i for i in telling if self._said[i].after == strategy] + telling)
+    def tell(self, strategy: str, slots: Sequence[str], values: Mapping[str, str]) -> Answer:
+        """Answer a question for ``slots``; always tells them. Own words that leave some out get their bare values."""
+        wanted = frozenset(slots)
+        telling = [i for i, said in enumerate(self._said) if wanted & said.tells]
+        telling.sort(key=lambda i: (self._said[i].after != strategy, -len(wanted & self._said[i].tells)))
+        own = self._first(telling)
         if own is not None:
-            return own
-        lines = [entry for entry in self._pool.after.get(strategy, ()) if slot in dict(entry.values)]
-        told = frozenset({slot})
-        borrowed = self._borrow(lines, {slot: values[slot]}, told)
-        return borrowed or Answer(values[slot], "value", told)
+            rest = [values[slot] for slot in slots if slot not in own.tells]
+            return Answer(", ".join([own.text, *rest]), own.source, own.tells | wanted)
+        lines = [entry for entry in self._asked.after.get(strategy, ()) if wanted == set(dict(entry.values))]
+        borrowed = self._borrow(lines, {slot: values[slot] for slot in slots}, wanted)
+        return borrowed or Answer(", ".join(values[slot] for slot in slots), "value", wanted)
 
-    def react(self, strategy: str, segment: int, values: Mapping[str, str]) -> Answer:
-        """React to any other strategy; complains when no human of this task ever answered it without own facts."""
-        own = self._unused(strategy, segment)
+    def react(self, strategy: str, segment: int, values: Mapping[str, str], *, fits: bool = False) -> Answer:
+        """React to any other strategy, as a human of this task without own facts did.
+
+        Where none ever did, the user acknowledges a turn that ``fits`` and complains about any other.
+        """
+        own = self.own(strategy, segment)
         if own is not None:
             return own
         lines = [entry for entry in self._pool.after.get(strategy, ()) if not entry.values]
-        return self._borrow(lines, values, frozenset()) or self.complain()
+        answer = self._borrow(lines, values, frozenset())
+        return answer or (self.acknowledge() if fits else self.complain())
 
     def go_on(self, strategy: str, segment: int, values: Mapping[str, str]) -> Answer:
         """A result was given and the user wants something more: their last words of ``segment`` say what."""
@@ -138,14 +148,18 @@ class ReplayUser:
 
     def closing(self, strategy: str, segment: int | None) -> Answer:
         """All is done: the own last words, where ``segment`` is not None, else somebody's goodbye."""
-        own = None if segment is None else self._unused(strategy, segment)
+        own = None if segment is None else self.own(strategy, segment)
         return own or self._any("closing")
+
+    def once(self, text: str) -> Answer | None:
+        """The own utterance ``text``, unless it was replayed before."""
+        return self._first([i for i, said in enumerate(self._said) if said.text == text and i not in self._used])
 
     def complain(self) -> Answer:
         """The agent's turn made no sense to the user."""
         return self._any("complain")
 
-    def _unused(self, strategy: str, segment: int) -> Answer | None:
+    def own(self, strategy: str, segment: int) -> Answer | None:
         """The next own utterance after ``strategy`` in ``segment`` that was not replayed yet."""
         here = [i for i, said in enumerate(self._said) if said.after == strategy and said.segment == segment]
         return self._first([i for i in here if i not in self._used])

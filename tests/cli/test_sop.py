@@ -158,7 +158,7 @@ def test_a_picture(tmp_path, suffix, start):
     [
         ((), "name an SOP file or an environment, or --schema"),
         (("nothing.yaml",), "sop: error: nothing.yaml: cannot be read: No such file or directory"),
-        (("shopp",), "no such environment; choose one of shop, star"),
+        (("shopp",), "no such environment; choose one of abcd, multiwoz, shop, star"),
         (("shop", "--walk"), "--walk: walk one of several; add --part with one of presale, orders, payment"),
         (("shop", "--graph", "shop.jpeg"), "--graph shop.jpeg: choose a name that ends in .svg, .png, .pdf, .dot, .gv"),
         (("shop", "--graph", "no/such/folder.dot"), "--graph no/such/folder.dot: cannot be written: No such file"),

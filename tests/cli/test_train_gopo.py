@@ -348,7 +348,7 @@ def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsy
     ("flags", "message"),
     [
         # environment and data
-        ("--gopo.env nosuch", r"--gopo\.env nosuch: no such environment; choose one of shop, star, or path/to/file"),
+        ("--gopo.env nosuch", r"--gopo\.env nosuch: no such environment; choose one of abcd, multiwoz, shop, star, or"),
         ("--gopo.env no/such.py:Env", r"--gopo\.env no/such\.py:Env: no such file: no/such\.py"),
         ("--gopo.env star", r"--gopo\.data None: the environment star needs its data; point --gopo\.data at a clone"),
         ("--gopo.env star --gopo.data no/such/folder", r"--gopo\.data no/such/folder: no such folder"),
@@ -530,7 +530,7 @@ def test_a_critic_does_not_learn_from_a_part_of_its_batch(tokenizer, monkeypatch
 
 def test_no_environment(tokenizer, capsys) -> None:
     said = refused(command(gopo__env=None, actor__model_name_or_path=tokenizer), capsys)
-    assert said.startswith("--gopo.env None: name an environment: shop, star, or path/to/file.py:ClassName")
+    assert said.startswith("--gopo.env None: name an environment: shop, star, abcd, multiwoz, or path/to/file.py")
 
 
 def test_no_model(capsys) -> None:

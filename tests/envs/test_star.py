@@ -10,9 +10,9 @@ import pytest
 
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.envs.checker import check_env
+from openrlhf_gopo.envs.reading import mentions, shorten
 from openrlhf_gopo.envs.star import Star
-from openrlhf_gopo.envs.star_reader import plain, shorten
-from openrlhf_gopo.envs.star_script import mentions
+from openrlhf_gopo.envs.star_reader import plain
 from openrlhf_gopo.errors import ConfigError, DataError, DialogueError, SopError
 from openrlhf_gopo.types import StopReason
 
@@ -165,6 +165,8 @@ def test_closing_early_and_saying_nothing(small):
     silent = talk.step("ask_name", " ... ")
     assert silent.completed == ()
     assert not silent.on_task
+    assert talk.relevance()["ask_name"] == 3  # it was not said: it can be said again
+    talk.step("hello", "Hello.")
     assert talk.step("goodbye", "Bye.").stop is StopReason.CLOSED
 
 

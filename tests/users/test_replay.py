@@ -15,11 +15,11 @@ def test_borrowed_words_carry_this_goals_values():
 def test_the_user_falls_back_from_own_words_to_the_bare_value():
     pool, said = Pool(), [Said("It is for Ann.", "ask_name", 0, frozenset({"Name"}))]
     replay = ReplayUser(said, pool, Pool(), random.Random(0))
-    assert replay.tell("ask_who", "Name", {"Name": "Ann"}).text == "It is for Ann."
+    assert replay.tell("ask_who", ("Name",), {"Name": "Ann"}).text == "It is for Ann."
     stranger = ReplayUser([], pool, Pool(), random.Random(0))
-    assert stranger.tell("ask_name", "Name", {"Name": "Bo"}).source == "value"
+    assert stranger.tell("ask_name", ("Name",), {"Name": "Bo"}).source == "value"
     pool.add(said[0], [("Name", "Ann")])
-    assert stranger.tell("ask_name", "Name", {"Name": "Bo"}).text == "It is for Bo."
+    assert stranger.tell("ask_name", ("Name",), {"Name": "Bo"}).text == "It is for Bo."
 
 
 def test_reactions_come_from_humans_of_the_task_then_of_all_tasks():
@@ -41,3 +41,19 @@ def test_own_words_are_said_once_and_in_their_segment():
     assert [replay.react("report", 1, {}).text for _ in range(2)] == ["Is it full?", "And at 9?"]
     assert replay.react("report", 1, {}).source == "generic"
     assert replay.go_on("report", 1, {}).text == "And at 9?"
+
+
+def test_what_own_words_leave_out_follows_as_bare_values():
+    said = [Said("I am Ann.", "ask_name", 0, frozenset({"Name"}))]
+    replay = ReplayUser(said, Pool(), Pool(), random.Random(0))
+    answer = replay.tell("ask_all", ("Name", "Id"), {"Name": "Ann", "Id": "X7"})
+    assert (answer.text, answer.tells) == ("I am Ann., X7", {"Name", "Id"})
+
+
+def test_a_turn_that_fits_is_acknowledged_and_own_words_are_said_once():
+    said = [Said("Hello there.", "greet", 0)]
+    replay = ReplayUser(said, Pool(), Pool(), random.Random(0))
+    assert replay.react("look", 0, {}, fits=True).text == "Okay."
+    assert replay.react("look", 0, {}).text == "Sorry, what?"
+    assert replay.once("Hello there.").source == "own"
+    assert replay.once("Hello there.") is None

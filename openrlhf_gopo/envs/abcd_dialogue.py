@@ -1,0 +1,201 @@
+"""One ABCD conversation. It knows the case and the procedure; the agent sees observations and briefings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from openrlhf_gopo.envs.abcd_sop import Procedure, slot_name
+from openrlhf_gopo.envs.abcd_turns import ASK, MORE, REPLY
+from openrlhf_gopo.envs.base import HumanDialogue
+from openrlhf_gopo.envs.replayed import BYE, ReplayDialogue
+from openrlhf_gopo.rewards.text import values as stated
+from openrlhf_gopo.types import Goal
+from openrlhf_gopo.users.base import Voice
+from openrlhf_gopo.users.replay import Answer, Line, ReplayUser, Said
+
+# Said where the human agent's words do not fit, or are not known.
+STOCK = {
+    REPLY: "One moment, please.",
+    MORE: "Is there anything else I can help you with?",
+    BYE: "Thank you and have a great day!",
+}
+QUESTION = re.compile(r"\?|^(?:what|where|when|how|who|why|which|can|could|do|does|is|are|will)\b", re.I)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One goal's human dialogue, ready to replay.
+
+    ``required``: actions in the guidelines' order. ``needs``: by action, slot -> value that the customer has to tell.
+    ``values``: all that is known of the customer. ``told``: the slots told in the opening. ``queries``: the actions
+    that return something; the data holds what only in the agent's words. ``answer``: the FAQ's, "" without a search.
+    """
+
+    human: HumanDialogue
+    required: tuple[str, ...]
+    needs: Mapping[str, Mapping[str, str]]
+    values: Mapping[str, str]
+    told: frozenset[str]
+    said: tuple[Said, ...]
+    queries: frozenset[str]
+    answer: str
+
+
+class AbcdDialogue(ReplayDialogue):
+    """Plays ``case`` with ``user``. Single use. ``spoken``: what the system said after each action."""
+
+    def __init__(
+        self,
+        goal: Goal,
+        case: Case,
+        procedure: Procedure,
+        user: ReplayUser,
+        spoken: Mapping[str, Sequence[Line]],
+        voice: Voice,
+    ) -> None:
+        super().__init__(goal, user, case.told, case.human.turns[0].user, voice)
+        self._case, self._procedure, self._spoken = case, procedure, spoken
+        self.opening = self._observe(Answer(self._words, "own", case.told))
+
+    # -- what the agent is told ------------------------------------------------------------------------------------
+
+    def briefing(self, strategy: str) -> str:
+        """What the strategy is for, what is entered or still missing, and what the system returned."""
+        lines = [next(s.description for s in self._procedure.strategies if s.id == strategy)]
+        if strategy.startswith(ASK):
+            missing = [slot_name(slot) for slot in self._missing(strategy.removeprefix(ASK))]
+            lines.append(f"Missing: {', '.join(missing)}." if missing else "Nothing is missing.")
+        entered = self._entered(strategy)
+        lines += [f"Entered: {', '.join(entered)}."] if entered else []
+        returned = dict.fromkeys(self._returned(action) for action in (*self._history, strategy))
+        lines += [f"System: {text}" for text in returned if text and strategy not in (BYE, MORE)]
+        return "\n".join(lines)
+
+    def expected(self, strategy: str) -> tuple[str, ...]:
+        """The numbers and ids that the action took or returned and the reference reply states."""
+        known = stated(" ".join([*self._entered(strategy), self._returned(strategy)]))
+        return tuple(sorted(known & stated(self.reference_reply(strategy))))
+
+    def reference_reply(self, strategy: str) -> str:
+        """What this dialogue's human agent said under ``strategy``, else what the system says, else a stock line."""
+        own = self._human(strategy)
+        if strategy == "select-faq" and self._case.answer and not self._answered():
+            return self._case.answer
+        if own is not None:
+            turn = self._case.human.turns[own]
+            return turn.reply or turn.events[0]
+        if strategy in STOCK:
+            return STOCK[strategy]
+        known = {slot: self._case.values[slot] for slot in sorted(self._told) if slot in self._case.values}
+        if not strategy.startswith(ASK):
+            lines = [text for entry in self._spoken.get(strategy, ()) if (text := entry.adapted(known))]
+            return lines[0] if lines else f"One moment, please: {strategy.replace('-', ' ')}."
+        missing = self._missing(strategy.removeprefix(ASK)) or ("details",)
+        return f"Could you give me your {', '.join(map(slot_name, missing))}, please?"
+
+    def relevance(self) -> Mapping[str, int]:
+        """3: the answer the customer waits for, else the next step in the guidelines' order. 2: another required
+        step. 1: a reply, or what the human agent did as well. 0: the rest."""
+        steps = self._steps()
+        required = self._required()
+        best = next((s for s in steps if s in required), None)
+        did = {turn.strategy for turn in self._case.human.turns} - set(self._history) - {BYE, MORE}
+        return {
+            s: 3 if s == best else 2 if s in required else int(s == REPLY or (s in did and not self._useless(s)))
+            for s in self._allowed()
+        }
+
+    # -- playing ---------------------------------------------------------------------------------------------------
+
+    def _play(self, strategy: str) -> tuple[Answer, list[str], list[str]]:
+        required = strategy in self._required()
+        completed = [f"do:{strategy}"] if strategy in self._open() else []
+        action = strategy.removeprefix(ASK)
+        events = [f"do:{strategy}"] if strategy == action and strategy not in STOCK else []
+        if strategy != action and self._missing(action):
+            answer = self._user.tell(strategy, self._missing(action), self._case.values)
+        elif strategy != action or (not required and strategy not in (REPLY, MORE)):
+            answer = self._user.complain()
+        elif strategy == MORE:
+            answer = self._user.closing(strategy, self._human(strategy))
+        else:
+            own = self._human(strategy)
+            answer = self._user.react(
+                strategy, -1 if own is None else own, self._case.values, fits=required or strategy == REPLY
+            )
+        return answer, completed, events
+
+    # -- what holds now --------------------------------------------------------------------------------------------
+
+    def _missing(self, action: str) -> tuple[str, ...]:
+        return tuple(slot for slot in self._case.needs.get(action, ()) if slot not in self._told)
+
+    def _open(self) -> list[str]:
+        """The required actions still to do, in the guidelines' order."""
+        return [action for action in self._case.required if f"do:{action}" not in self._completed]
+
+    def _allowed(self) -> tuple[str, ...]:
+        missing = {action: self._missing(action) for action in self._case.needs}
+        return self._procedure.sop.allowed(self._history, self._procedure.facts(missing))
+
+    def _steps(self) -> list[str]:
+        """What the goal needs now, best first: an answer, then each open action or the question it waits for."""
+        steps = [REPLY] if self._waits() else []
+        steps += [f"{ASK}{action}" if self._missing(action) else action for action in self._open()]
+        if not self._open():
+            steps += [MORE, BYE] if MORE not in self._history else [BYE]
+        return steps
+
+    def _required(self) -> set[str]:
+        return set(self._steps()).intersection(self._allowed())
+
+    def _waits(self) -> bool:
+        """The customer asked something, and the human agent answered without an action."""
+        following = self._following()
+        asked = QUESTION.search(self._words)
+        return asked is not None and following is not None and self._case.human.turns[following].strategy == REPLY
+
+    def _following(self) -> int | None:
+        """The human agent's turn after the customer's latest words, where these are of this dialogue."""
+        turns = enumerate(self._case.human.turns)
+        return next((index for index, turn in turns if turn.user and turn.user == self._words), None)
+
+    def _human(self, strategy: str) -> int | None:
+        """The human agent's own turn under ``strategy`` that fits now; None when there is none.
+
+        A reply fits after the words it answered; the last words fit when all was done that the human had done. Of
+        several clicks of an action the last one worked.
+        """
+        turns, following = self._case.human.turns, self._following()
+        if following is not None and turns[following].strategy == strategy:
+            return following
+        own = [index for index, turn in enumerate(turns) if turn.strategy == strategy]
+        if not own or strategy == REPLY:
+            return None
+        if strategy in STOCK:
+            done = {turn.strategy for turn in turns[: own[-1]] if turn.events}
+            return own[-1] if done.issubset(self._history) else None
+        if strategy.startswith(ASK):
+            return own[min(self._history.count(strategy), len(own) - 1)]
+        return own[-1]
+
+    def _useless(self, strategy: str) -> bool:
+        return strategy.startswith(ASK) and not self._missing(strategy.removeprefix(ASK))
+
+    def _entered(self, strategy: str) -> list[str]:
+        needs = self._case.needs.get(strategy, {})
+        return [value for slot, value in needs.items() if slot in self._told]
+
+    def _answered(self) -> bool:
+        """The FAQ's answer was in the human agent's words at the search, which came before."""
+        turns = self._case.human.turns
+        return any(turn.reply == self._case.answer and turn.strategy in self._history for turn in turns)
+
+    def _returned(self, action: str) -> str:
+        """What the system returned, in the words of this dialogue's agent; "" when that is not known."""
+        if action == "select-faq" or (action.startswith("search-") and action in self._case.required[1:]):
+            return self._case.answer
+        own = self._human(action) if action in self._case.queries else None
+        return "" if own is None else self._case.human.turns[own].reply

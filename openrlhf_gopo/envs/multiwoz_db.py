@@ -1,0 +1,60 @@
+"""Queries against MultiWOZ's database: which rows satisfy a user's constraints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+Row = Mapping[str, Any]
+# Spellings of goals and dialogues for what the database has.
+SAME = {
+    "guest house": "guesthouse", "guest houses": "guesthouse", "hotels": "hotel", "center": "centre", "free": "yes",
+    "concert hall": "concerthall", "swimming pool": "swimmingpool", "night club": "nightclub",
+    "sports": "mutliple sports", "multiple sports": "mutliple sports",
+}  # fmt: skip
+
+
+def query(rows: Iterable[Row], constraints: Mapping[str, str]) -> list[Row]:
+    """The rows that satisfy every constraint: at the earliest ``leaveAt``, at the latest ``arriveBy``, else equal.
+
+    The best comes first: the earliest to leave, or the latest to arrive; else the database's order.
+    """
+    found = [row for row in rows if all(_fits(row, slot, value) for slot, value in constraints.items())]
+    if "arriveBy" in constraints:
+        return sorted(found, key=lambda row: _minutes(str(row.get("arriveBy", ""))) or 0, reverse=True)
+    return sorted(found, key=lambda row: _minutes(str(row.get("leaveAt", ""))) or 0)
+
+
+def _fits(row: Row, slot: str, value: str) -> bool:
+    if slot not in row or value in ("dontcare", "dont care", "do n't care", ""):
+        return True
+    if slot in ("leaveAt", "arriveBy"):
+        at, limit = _minutes(str(row[slot])), _minutes(value)
+        return at is not None and limit is not None and (at >= limit if slot == "leaveAt" else at <= limit)
+    have, wanted = plain(str(row[slot])), [plain(part) for part in value.split("|")]
+    if slot == "name":
+        return any(part in have or have in part for part in wanted)
+    return have in wanted
+
+
+@lru_cache(maxsize=65536)
+def plain(value: str) -> str:
+    """A value without case, articles and punctuation, in the database's spelling."""
+    text = " ".join(re.findall(r"[a-z0-9:]+", re.sub(r" ?'", "", value.casefold())))
+    text = text.removeprefix("the ")
+    return SAME.get(text, text)
+
+
+@lru_cache(maxsize=65536)
+def _minutes(time: str) -> int | None:
+    found = re.fullmatch(r"(\d{1,2}):(\d{2})", time.strip())
+    return int(found[1]) * 60 + int(found[2]) if found else None
+
+
+def chosen(found: Sequence[Row], said: str) -> Row | None:
+    """Of the rows ``found``, the one that the human named in ``said``, else the first."""
+    words = plain(said)
+    named = [row for row in found if any(plain(str(row[k])) in words for k in ("name", "trainID") if k in row)]
+    return next(iter(named or found), None)
