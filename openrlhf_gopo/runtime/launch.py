@@ -22,8 +22,8 @@ from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.rewards.joint import parse_weights
 from openrlhf_gopo.rollout.dialogue import Limits
 from openrlhf_gopo.runtime import agent
+from openrlhf_gopo.runtime.actors import RolePolicyActor, RoleReferenceActor
 from openrlhf_gopo.runtime.checks import gpus_needed
-from openrlhf_gopo.runtime.models import RolePolicyActor, RoleReferenceActor
 from openrlhf_gopo.runtime.requests import build_policy, policy_spec
 from openrlhf_gopo.runtime.roles import Role, make_roles
 from openrlhf_gopo.runtime.samples_generator import RolloutSpec

@@ -1,8 +1,6 @@
-"""The Ray actors of both roles: upstream's own classes, with an ``Actor`` that scores actions only, decisions exactly.
+"""Upstream's ``Actor`` and optimizer loop, scoring actions only and decisions exactly.
 
-Upstream builds ``Actor`` and ``ActorPPOTrainer`` by name inside ``init_model_from_pretrained`` (OpenRLHF 0.11.2,
-ppo_actor.py:510 and :585, launcher.py:107), so those names are substituted while its constructor runs. The allowed
-labels of a sample travel in ``Experience.mm_train_inputs``, upstream's channel for further inputs of the model.
+The allowed labels of a sample travel in ``Experience.mm_train_inputs``, upstream's channel for further model inputs.
 """
 
 from __future__ import annotations
@@ -12,12 +10,11 @@ from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import ray
 import torch
 from openrlhf.models import Actor
 from openrlhf.models.ring_attn_utils import unpad_and_slice_tensor
 from openrlhf.models.utils import compute_entropy, log_probs_from_logits
-from openrlhf.trainer.ray import launcher, ppo_actor
+from openrlhf.trainer.ray import ppo_actor
 from openrlhf.utils.vlm_utils import merge_mm_train_inputs
 from peft import PeftModel
 
@@ -172,29 +169,6 @@ class RolePPOTrainer(ppo_actor.ActorPPOTrainer):
             super().broadcast_to_vllm()
 
 
-class _RolePolicy(ppo_actor.PolicyModelActor.__ray_metadata__.modified_class):
-    def init_model_from_pretrained(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        trainer, preference = RolePPOTrainer, getattr(strategy.args, "preference", None)
-        if preference is not None and preference.trust_region == "exact":
-            from openrlhf_gopo.runtime.exact import ExactPreferenceTrainer as trainer  # it builds on this module
-        with substituted(ppo_actor, Actor=RoleActor, ActorPPOTrainer=trainer):
-            super().init_model_from_pretrained(strategy, *args, **kwargs)
-
-    def forward(self, *args: Any, mm_train_inputs_list: list | None = None, **kwargs: Any) -> torch.Tensor:
-        with self.actor.choosing(mm_train_inputs_list):
-            return super().forward(*args, **kwargs)
-
-
-class _RoleReference(launcher.ReferenceModelActor.__ray_metadata__.modified_class):
-    def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        with substituted(launcher, Actor=RoleActor):
-            super().init_model_from_pretrained(*args, **kwargs)
-
-    def forward(self, *args: Any, mm_train_inputs_list: list | None = None, **kwargs: Any) -> torch.Tensor:
-        with self.model.choosing(mm_train_inputs_list):
-            return super().forward(*args, **kwargs)
-
-
 @contextmanager
 def substituted(owner: ModuleType | RolePPOTrainer, **names: Any) -> Iterator[None]:
     """Replace attributes of ``owner`` for the duration of the block. Each model lives in a process of its own."""
@@ -204,7 +178,3 @@ def substituted(owner: ModuleType | RolePPOTrainer, **names: Any) -> Iterator[No
         yield
     finally:
         vars(owner).update(originals)
-
-
-RolePolicyActor = ray.remote(num_gpus=1)(_RolePolicy)
-RoleReferenceActor = ray.remote(num_gpus=1)(_RoleReference)

@@ -24,7 +24,8 @@ from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 
 from openrlhf_gopo.cli import train_gopo  # noqa: E402
 from openrlhf_gopo.config import EXPERT  # noqa: E402
-from openrlhf_gopo.runtime.models import RolePolicyActor, substituted  # noqa: E402
+from openrlhf_gopo.runtime.actors import RolePolicyActor  # noqa: E402
+from openrlhf_gopo.runtime.models import substituted  # noqa: E402
 from openrlhf_gopo.runtime.roles import role_args  # noqa: E402
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -1,0 +1,43 @@
+"""The Ray actors of both roles: upstream's own classes around ``RoleActor`` and our optimizer loops.
+
+Upstream builds ``Actor`` and ``ActorPPOTrainer`` by name inside ``init_model_from_pretrained`` (OpenRLHF 0.11.2,
+ppo_actor.py:510 and :585, launcher.py:107), so those names are substituted while its constructor runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+import torch
+from openrlhf.trainer.ray import launcher, ppo_actor
+
+from openrlhf_gopo.runtime.exact import ExactPreferenceTrainer
+from openrlhf_gopo.runtime.models import RoleActor, RolePPOTrainer, substituted
+
+
+class _RolePolicy(ppo_actor.PolicyModelActor.__ray_metadata__.modified_class):
+    def init_model_from_pretrained(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        preference = getattr(strategy.args, "preference", None)
+        exact = preference is not None and preference.trust_region == "exact"
+        trainer = ExactPreferenceTrainer if exact else RolePPOTrainer
+        with substituted(ppo_actor, Actor=RoleActor, ActorPPOTrainer=trainer):
+            super().init_model_from_pretrained(strategy, *args, **kwargs)
+
+    def forward(self, *args: Any, mm_train_inputs_list: list | None = None, **kwargs: Any) -> torch.Tensor:
+        with self.actor.choosing(mm_train_inputs_list):
+            return super().forward(*args, **kwargs)
+
+
+class _RoleReference(launcher.ReferenceModelActor.__ray_metadata__.modified_class):
+    def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        with substituted(launcher, Actor=RoleActor):
+            super().init_model_from_pretrained(*args, **kwargs)
+
+    def forward(self, *args: Any, mm_train_inputs_list: list | None = None, **kwargs: Any) -> torch.Tensor:
+        with self.model.choosing(mm_train_inputs_list):
+            return super().forward(*args, **kwargs)
+
+
+RolePolicyActor = ray.remote(num_gpus=1)(_RolePolicy)
+RoleReferenceActor = ray.remote(num_gpus=1)(_RoleReference)
