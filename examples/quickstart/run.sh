@@ -59,6 +59,8 @@ say "5/5 GOPO: expert and responder learn from $STEPS x 64 dialogues"
     --gopo.names_only \
     --gopo.common_random_numbers \
     --gopo.reply_max_tokens 32 \
+    --gopo.expert_reward tse=1,esndcg=1 \
+    --gopo.expert_pg_coef 1 \
     --actor.model_name_or_path "$OUT/warm_responder" \
     --expert.model_name_or_path "$OUT/warm_expert" \
     --actor.adam.lr 1e-4 \

@@ -1,5 +1,6 @@
 """What each part of GOPO is worth on ``shop``: baselines and ablations, several seeds, equal numbers of dialogues.
 
+    pip install scipy
     python examples/shop_cpu/study.py --models runs/quickstart --out runs/study [--seeds 0 1 2 3 4] [--search]
 
 Every run starts from the models that examples/quickstart made and sees ``--updates`` x 64 dialogues; single-level
@@ -28,19 +29,21 @@ from openrlhf_gopo.evaluation.records import read_trajectories
 from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play
 from openrlhf_gopo.evaluation.summary import summarise
 
-TWO = ("--gopo.expert_reward", "tse=1", "--gopo.responder_reward", "tse=0.5,gre=1")
-ONE = ("--gopo.policy", "single_level", "--gopo.responder_reward", "tse=1,gre=0.5")
-CRITIC = ("--gopo.expert_pg", "gae", "--gopo.expert_pg_coef", "1")
 GROUP = ("--algo.advantage.estimator", "group_norm")
+TWO = ("--gopo.expert_reward", "tse=1,esndcg=1", "--gopo.responder_reward", "tse=0.5,gre=1", *GROUP)
+ONE = ("--gopo.policy", "single_level", "--gopo.responder_reward", "tse=1,esndcg=1,gre=0.5")  # all that the two see
+TURNS = ("--gopo.expert_pg_coef", "1")  # returns to go against the group, beside the preference loss
+CRITIC = (*TURNS, "--gopo.expert_pg", "gae")
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "PPO, single level": (*ONE, "--algo.advantage.estimator", "gae", "--critic.adam.lr", "1e-3"),
     "GRPO, single level": (*ONE, *GROUP),
-    "GOPO": (*TWO, *GROUP),
-    "GOPO, preference and critic": (*TWO, *GROUP, *CRITIC),
-    "GOPO, critic without preference": (*TWO, *GROUP, *CRITIC, "--gopo.pref.coef", "0"),
-    "GOPO, frozen expert": (*TWO, *GROUP, "--gopo.schedule", "responder"),
-    "GOPO, frozen responder": (*TWO, *GROUP, "--gopo.schedule", "expert"),
+    "GOPO": (*TWO, *TURNS),
+    "GOPO, preference alone": TWO,
+    "GOPO, turns alone": (*TWO, *TURNS, "--gopo.pref.coef", "0"),
+    "GOPO, critic alone": (*TWO, *CRITIC, "--gopo.pref.coef", "0"),
+    "GOPO, frozen expert": (*TWO, *TURNS, "--gopo.schedule", "responder"),
+    "GOPO, frozen responder": (*TWO, *TURNS, "--gopo.schedule", "expert"),
 }
 # Learning rates: of the one model, or of expert and responder.
 RATES: dict[str, tuple[str, ...]] = {"PPO, single level": ("1e-4",), "GRPO, single level": ("1e-4",)}
@@ -151,7 +154,7 @@ def search(args: argparse.Namespace) -> None:
             lines = (out / "results" / "metrics.jsonl").read_text().splitlines()
             steps = [step for step in map(json.loads, lines) if "rollout/tse" in step]
             last = steps[-max(len(steps) // 4, 1) :]
-            joint = np.mean([step["rollout/tse"] / 100 + 0.5 * step["rollout/gre"] for step in last])
+            joint = np.mean([s["rollout/tse"] / 100 + s["rollout/esndcg"] + 0.5 * s["rollout/gre"] for s in last])
             print(f"{variant:20} lr {' '.join(rates):12} joint return {joint:.3f}", flush=True)
 
 

@@ -10,7 +10,8 @@ python3 -m openrlhf.cli.train_gopo \
    --gopo.env shop \
    --gopo.names_only \
    --gopo.reply_max_tokens 32 \
-   --gopo.expert_reward tse=1 \
+   --gopo.expert_reward tse=1,esndcg=1 \
+   --gopo.expert_pg_coef 1 \
    --gopo.responder_reward tse=0.5,gre=1 \
    --gopo.pref.pairing all \
    --gopo.pref.weights mean \
