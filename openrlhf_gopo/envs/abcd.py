@@ -80,10 +80,10 @@ class Abcd(Environment):
 
     def human(self, goal: Goal) -> Sequence[HumanTurn]:
         """The agent's clicks and words."""
-        return self._cases[goal.id].human.turns
+        return self.case(goal).human.turns
 
-    def start(self, goal: Goal, seed: int) -> Dialogue:
-        """A fresh dialogue.
+    def case(self, goal: Goal) -> Case:
+        """The human dialogue behind ``goal``, and what it takes.
 
         Raises:
             ConfigError: ``goal`` is not one of this environment's.
@@ -91,6 +91,15 @@ class Abcd(Environment):
         case = self._cases.get(goal.id)
         if case is None:
             raise ConfigError(f"abcd: goal {goal.id!r} is not in the loaded data; take goals from goals(split)")
+        return case
+
+    def start(self, goal: Goal, seed: int) -> Dialogue:
+        """A fresh dialogue.
+
+        Raises:
+            ConfigError: ``goal`` is not one of this environment's.
+        """
+        case = self.case(goal)
         rng = random.Random(f"{goal.id}/{seed}")
         user = ReplayUser(case.said, self._pools[goal.intent], self._everyone, rng, asked=self._everyone)
         procedure = self._procedures[goal.data["flow"]]
