@@ -2,11 +2,11 @@
 
 Left out, as in that environment: dialogues without a goal, a user's word, or anything that the database can satisfy.
 
-Ours, not MultiWOZ's: ``inform:D`` is completed by the first turn in domain D that presents (offer, inform, book);
-``request:D`` by the first ``inform`` after the user asked for attributes, or the turn by which all those that the goal
-asks for were said of the one presented; ``book:D`` by the first ``book``. What was presented or booked is not checked
-against the goal. Required without completing anything: a question for a wish not yet told, the refusal of a first
-attempt that has to fail, a goodbye once all is done.
+Ours, not MultiWOZ's: ``inform:D`` is completed by the first turn in domain D that presents something (offer, inform,
+book) once the user has told all their wishes there, or whose row satisfies them anyway; ``request:D`` by the first
+``inform`` after the user asked for attributes, or the turn by which all those of the goal were said of the row presented;
+``book:D`` by the first ``book``, whatever was booked. Required without completing anything: a question for a wish not
+yet told, the refusal of a first attempt that has to fail, a goodbye once all is done.
 """
 
 from __future__ import annotations
@@ -84,10 +84,17 @@ class _Judge:
         return brief(beat.strategy, domain, self._known(domain), len(found), row, self._case.receipts[domain])
 
     def _reached(self, beat: Beat, domain: str) -> list[str]:
-        reached = [f"inform:{domain}"] if beat.strategy in PRESENT else []
+        reached = [f"inform:{domain}"] if beat.strategy in PRESENT and self._suits(domain) else []
         asked = beat.strategy == "inform" and f"{domain}.?" in self._told
         reached += [f"request:{domain}"] if asked or self._all_said(domain) else []
         return [*reached, f"book:{domain}"] if beat.strategy == "book" else reached
+
+    def _suits(self, domain: str) -> bool:
+        """Whether what is presented is what the goal wants: the user has told it all, or the row named satisfies it."""
+        wishes = self._case.wants[domain].info
+        if self._known(domain) == wishes:
+            return True
+        return domain in self._rows and bool(query([self._rows[domain]], wishes))
 
     def _all_said(self, domain: str) -> bool:
         """Whether the agent has said every attribute that the goal asks for and the row presented has."""
