@@ -4,7 +4,7 @@ Left out, as in that environment: dialogues without a goal, a user's word, or an
 
 Ours, not MultiWOZ's: ``inform:D`` is completed by the first turn in domain D that presents something (offer, inform,
 book) once the user has told all their wishes there, or whose row satisfies them anyway; ``request:D`` by the first
-``inform`` after the user asked for attributes, or the turn by which all those of the goal were said of the row presented;
+``inform`` after the user asked for attributes, or the turn by which all those of the goal were said of that row;
 ``book:D`` by the first ``book``, whatever was booked. Required without completing anything: a question for a wish not
 yet told, the refusal of a first attempt that has to fail, a goodbye once all is done.
 """

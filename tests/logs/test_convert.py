@@ -341,8 +341,10 @@ def agreement(dialogues, env):
 @pytest.mark.parametrize(("name", "turns"), [("abcd", 28), ("multiwoz", 12)])
 def test_on_the_humans_path_converter_and_environment_agree(tmp_path, name, turns):
     folder = FIXTURES / f"{name}_fixture"
-    same = agreement(converted(name, folder, tmp_path / "out.jsonl"), load_environment(name, str(folder)))
-    assert same == dict.fromkeys(("turns", "briefing", "completed", "on_task"), turns)
+    env, dialogues = load_environment(name, str(folder)), converted(name, folder, tmp_path / "out.jsonl")
+    for dialogue in dialogues:  # what export_sft --logs asks for
+        assert env.catalogue(to_trajectory(dialogue).goal) == env.catalogue(goals_of(env)[dialogue.id])
+    assert agreement(dialogues, env) == dict.fromkeys(("turns", "briefing", "completed", "on_task"), turns)
 
 
 @pytest.mark.parametrize(("name", "success", "agreed"), [("abcd", (0.45, 0.7), 0.95), ("multiwoz", (0.8, 0.95), 0.75)])
