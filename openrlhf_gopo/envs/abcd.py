@@ -19,6 +19,7 @@ from typing import ClassVar
 from openrlhf_gopo.envs.abcd_dialogue import AbcdDialogue, Case
 from openrlhf_gopo.envs.abcd_reader import Flow, Manual, Record, read
 from openrlhf_gopo.envs.abcd_sop import LOOKUPS, write_procedure
+from openrlhf_gopo.envs.abcd_sop import Procedure as FlowProcedure
 from openrlhf_gopo.envs.abcd_turns import ASK, MORE, REPLY, humans
 from openrlhf_gopo.envs.base import SPLITS, Dialogue, Environment, HumanDialogue, HumanTurn
 from openrlhf_gopo.envs.reading import mentions
@@ -72,7 +73,7 @@ class Abcd(Environment):
 
     def catalogue(self, goal: Goal) -> Sequence[Strategy]:
         """The flow's actions, the questions for what they take, a reply, anything else, and the goodbye."""
-        return self._procedures[goal.data["flow"]].strategies
+        return self._procedure(goal).strategies
 
     def procedures(self) -> Mapping[str, Procedure]:
         """One for each flow."""
@@ -80,10 +81,10 @@ class Abcd(Environment):
 
     def human(self, goal: Goal) -> Sequence[HumanTurn]:
         """The agent's clicks and words."""
-        return self._cases[goal.id].human.turns
+        return self.case(goal).human.turns
 
-    def start(self, goal: Goal, seed: int) -> Dialogue:
-        """A fresh dialogue.
+    def case(self, goal: Goal) -> Case:
+        """The human dialogue behind ``goal``, and what it takes.
 
         Raises:
             ConfigError: ``goal`` is not one of this environment's.
@@ -91,10 +92,22 @@ class Abcd(Environment):
         case = self._cases.get(goal.id)
         if case is None:
             raise ConfigError(f"abcd: goal {goal.id!r} is not in the loaded data; take goals from goals(split)")
+        return case
+
+    def start(self, goal: Goal, seed: int) -> Dialogue:
+        """A fresh dialogue.
+
+        Raises:
+            ConfigError: ``goal`` is not one of this environment's.
+        """
+        case = self.case(goal)
         rng = random.Random(f"{goal.id}/{seed}")
         user = ReplayUser(case.said, self._pools[goal.intent], self._everyone, rng, asked=self._everyone)
-        procedure = self._procedures[goal.data["flow"]]
-        return AbcdDialogue(goal, case, procedure, user, self._spoken, self.voice(goal, seed))
+        return AbcdDialogue(goal, case, self._procedure(goal), user, self._spoken, self.voice(goal, seed))
+
+    def _procedure(self, goal: Goal) -> FlowProcedure:
+        """That of the flow in the intent: a goal from a log has no ``data``."""
+        return self._procedures[goal.intent.partition("/")[0]]
 
     def _add(self, one: HumanDialogue, record: Record, manual: Manual) -> None:
         case = _case(one, record, manual)
@@ -186,7 +199,7 @@ def _goal(case: Case, record: Record, manual: Manual) -> Goal:
         subgoals=_subgoals(case),
         facts={slot: value for slots in case.needs.values() for slot, value in slots.items()},
         persona={"patience": PATIENCE},
-        data={"dialogue": record.id, "flow": record.flow},
+        data={"dialogue": record.id},
         split=record.split,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from openrlhf_gopo.envs.abcd_sop import Procedure, slot_name
@@ -11,7 +11,7 @@ from openrlhf_gopo.envs.abcd_turns import ASK, MORE, REPLY
 from openrlhf_gopo.envs.base import HumanDialogue
 from openrlhf_gopo.envs.replayed import BYE, ReplayDialogue
 from openrlhf_gopo.rewards.text import values as stated
-from openrlhf_gopo.types import Goal
+from openrlhf_gopo.types import Goal, Strategy
 from openrlhf_gopo.users.base import Voice
 from openrlhf_gopo.users.replay import Answer, Line, ReplayUser, Said
 
@@ -42,6 +42,28 @@ class Case:
     queries: frozenset[str]
     answer: str
 
+    def missing(self, action: str, told: Collection[str]) -> tuple[str, ...]:
+        """The slots that ``action`` takes and that are not among those ``told``."""
+        return tuple(slot for slot in self.needs.get(action, ()) if slot not in told)
+
+    def returned(self, action: str, words: str) -> str:
+        """What the system returned on ``action``: the FAQ's answer, or ``words``, the agent's own at a query; or ""."""
+        if action == "select-faq" or (action.startswith("search-") and action in self.required[1:]):
+            return self.answer
+        return words if action in self.queries else ""
+
+    def brief(self, strategy: Strategy, told: Collection[str], returned: Iterable[str]) -> str:
+        """What ``strategy`` is for, what is entered or still missing of the slots ``told``, what the system returned so
+        far; "" for nothing."""
+        lines = [strategy.description]
+        if strategy.id.startswith(ASK):
+            missing = [slot_name(slot) for slot in self.missing(strategy.id.removeprefix(ASK), told)]
+            lines.append(f"Missing: {', '.join(missing)}." if missing else "Nothing is missing.")
+        entered = [value for slot, value in self.needs.get(strategy.id, {}).items() if slot in told]
+        lines += [f"Entered: {', '.join(entered)}."] if entered else []
+        lines += [f"System: {text}" for text in dict.fromkeys(returned) if text and strategy.id not in (BYE, MORE)]
+        return "\n".join(lines)
+
 
 class AbcdDialogue(ReplayDialogue):
     """Plays ``case`` with ``user``. Single use. ``spoken``: what the system said after each action."""
@@ -63,15 +85,8 @@ class AbcdDialogue(ReplayDialogue):
 
     def briefing(self, strategy: str) -> str:
         """What the strategy is for, what is entered or still missing, and what the system returned."""
-        lines = [next(s.description for s in self._procedure.strategies if s.id == strategy)]
-        if strategy.startswith(ASK):
-            missing = [slot_name(slot) for slot in self._missing(strategy.removeprefix(ASK))]
-            lines.append(f"Missing: {', '.join(missing)}." if missing else "Nothing is missing.")
-        entered = self._entered(strategy)
-        lines += [f"Entered: {', '.join(entered)}."] if entered else []
-        returned = dict.fromkeys(self._returned(action) for action in (*self._history, strategy))
-        lines += [f"System: {text}" for text in returned if text and strategy not in (BYE, MORE)]
-        return "\n".join(lines)
+        chosen = next(s for s in self._procedure.strategies if s.id == strategy)
+        return self._case.brief(chosen, self._told, map(self._returned, (*self._history, strategy)))
 
     def expected(self, strategy: str) -> tuple[str, ...]:
         """The numbers and ids that the action took or returned and the reference reply states."""
@@ -130,7 +145,7 @@ class AbcdDialogue(ReplayDialogue):
     # -- what holds now --------------------------------------------------------------------------------------------
 
     def _missing(self, action: str) -> tuple[str, ...]:
-        return tuple(slot for slot in self._case.needs.get(action, ()) if slot not in self._told)
+        return self._case.missing(action, self._told)
 
     def _open(self) -> list[str]:
         """The required actions still to do, in the guidelines' order."""
@@ -195,7 +210,5 @@ class AbcdDialogue(ReplayDialogue):
 
     def _returned(self, action: str) -> str:
         """What the system returned, in the words of this dialogue's agent; "" when that is not known."""
-        if action == "select-faq" or (action.startswith("search-") and action in self._case.required[1:]):
-            return self._case.answer
         own = self._human(action) if action in self._case.queries else None
-        return "" if own is None else self._case.human.turns[own].reply
+        return self._case.returned(action, "" if own is None else self._case.human.turns[own].reply)

@@ -40,7 +40,7 @@ Database = Mapping[str, Sequence[Row]]
 
 
 class Multiwoz(Environment):
-    """MultiWOZ's dialogues as goals. ``census`` counts what was loaded and what was left out."""
+    """MultiWOZ's dialogues as goals. ``census`` counts what was loaded and left out. ``database``: rows by domain."""
 
     name: ClassVar[str] = "multiwoz"
     blocking: bool = False
@@ -49,7 +49,7 @@ class Multiwoz(Environment):
 
     def __init__(self, database: Database, records: Sequence[Record]) -> None:
         self.census: Counter[str] = Counter(dialogues=len(records))
-        self._database, self._sop, self._catalogue = database, procedure(), strategies()
+        self.database, self._sop, self._catalogue = database, procedure(), strategies()
         self._goals: dict[str, list[Goal]] = {split: [] for split in SPLITS}
         self._cases: dict[str, Case] = {}
         self._humans = {f"multiwoz-{one.id}": one.turns for one in humans(records)}
@@ -79,8 +79,8 @@ class Multiwoz(Environment):
         """The system's turns, by the act table."""
         return self._humans[goal.id]
 
-    def start(self, goal: Goal, seed: int) -> Dialogue:
-        """A fresh dialogue.
+    def case(self, goal: Goal) -> Case:
+        """The human dialogue behind ``goal``, ready to replay.
 
         Raises:
             ConfigError: ``goal`` is not one of this environment's.
@@ -88,18 +88,27 @@ class Multiwoz(Environment):
         case = self._cases.get(goal.id)
         if case is None:
             raise ConfigError(f"multiwoz: goal {goal.id!r} is not in the loaded data; take goals from goals(split)")
+        return case
+
+    def start(self, goal: Goal, seed: int) -> Dialogue:
+        """A fresh dialogue.
+
+        Raises:
+            ConfigError: ``goal`` is not one of this environment's.
+        """
+        case = self.case(goal)
         user = ReplayUser(case.said, self._pool, self._pool, random.Random(f"{goal.id}/{seed}"))
-        return MultiwozDialogue(goal, case, self._sop, self._database, user, self.voice(goal, seed))
+        return MultiwozDialogue(goal, case, self._sop, self.database, user, self.voice(goal, seed))
 
     def _add(self, record: Record) -> None:
         wants = {d: want for d, want in record.wants.items() if d != "taxi"}
         if not record.wants or not record.log or not record.log[0].user:
             self.census["left out: no goal or no words"] += 1
             return
-        if not all(query(self._database[domain], want.info) for domain, want in wants.items()):
+        if not all(query(self.database[domain], want.info) for domain, want in wants.items()):
             self.census["left out: nothing in the database"] += 1
             return
-        case = _case(record, self._database)
+        case = _case(record, self.database)
         goal = _goal(record, case)
         self.census[f"goals: {record.split}"] += 1
         self._goals[record.split].append(goal)

@@ -53,8 +53,12 @@ def _minutes(time: str) -> int | None:
     return int(found[1]) * 60 + int(found[2]) if found else None
 
 
+def named(found: Sequence[Row], said: str) -> list[Row]:
+    """Of the rows ``found``, those that the human named in ``said``."""
+    words = plain(said)
+    return [row for row in found if any(plain(str(row[k])) in words for k in ("name", "trainID") if k in row)]
+
+
 def chosen(found: Sequence[Row], said: str) -> Row | None:
     """Of the rows ``found``, the one that the human named in ``said``, else the first."""
-    words = plain(said)
-    named = [row for row in found if any(plain(str(row[k])) in words for k in ("name", "trainID") if k in row)]
-    return next(iter(named or found), None)
+    return next(iter(named(found, said) or found), None)

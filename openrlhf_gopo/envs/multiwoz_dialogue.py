@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from openrlhf_gopo.envs.multiwoz_db import Row, chosen, query
 from openrlhf_gopo.envs.multiwoz_reader import Want, table
-from openrlhf_gopo.envs.multiwoz_sop import ASK, BOOKED, LABELS, MORE, QUESTIONS, SLOTS
+from openrlhf_gopo.envs.multiwoz_sop import ASK, BOOKED, LABELS, MORE, QUESTIONS, SLOTS, brief, shown
 from openrlhf_gopo.envs.reading import mentions
 from openrlhf_gopo.envs.replayed import BYE, ReplayDialogue
 from openrlhf_gopo.rewards.text import mentions as states
@@ -17,7 +16,6 @@ from openrlhf_gopo.types import Goal
 from openrlhf_gopo.users.base import Voice
 from openrlhf_gopo.users.replay import Answer, ReplayUser, Said
 
-HIDDEN = ("location", "id", "introduction", "openhours", "signature", "takesbookings")  # fields nobody asks for
 PRESENT = ("offer", "inform", "book")  # strategies that name one of the database's, where none was named before
 
 
@@ -81,21 +79,8 @@ class MultiwozDialogue(ReplayDialogue):
 
     def briefing(self, strategy: str) -> str:
         """What the strategy is for; what the database has for what was told; what a booking returns."""
-        kind, _, slot = strategy.partition(":")
-        lines = [table()["strategies"][kind].format(name=LABELS.get(slot, slot))]
-        if self._domain != "taxi" and kind in ("offer", "no_offer", "inform"):
-            told = ", ".join(
-                f"{LABELS.get(s, s)} {v}"
-                for s, v in self._wanted("info").items()
-                if f"{self._domain}.{s}" in self._told
-            )
-            lines.append(f"Database: {len(self._found())} of {self._domain} for {told or 'any wish'}.")
-        row = self._row()
-        if row and kind in ("offer", "inform"):
-            lines.append("; ".join(f"{LABELS.get(k, k)}: {v}" for k, v in row.items() if _shown(k, v)))
-        if kind == "book":
-            lines += [f"{name}: {value}" for name, value in self._values(strategy).items()]
-        return "\n".join(lines)
+        told = {s: v for s, v in self._wanted("info").items() if f"{self._domain}.{s}" in self._told}
+        return brief(strategy, self._domain, told, len(self._found()), self._row(), self._values("book"))
 
     def expected(self, strategy: str) -> tuple[str, ...]:
         """What a reply has to state: who is offered (a train's departure), the attributes asked for, the receipt."""
@@ -242,7 +227,7 @@ class MultiwozDialogue(ReplayDialogue):
             values[name] = str(row[name])
         if strategy == "inform" and row and f"{self._domain}.?" in self._told:
             asked = self._case.wants[self._domain].reqt
-            values |= {name: str(row[name]) for name in asked if _shown(name, row.get(name))}
+            values |= {name: str(row[name]) for name in asked if shown(name, row.get(name))}
         if strategy == "book" and "bookable" in self._facts():
             values |= self._case.receipts[self._domain]
         return values
@@ -298,8 +283,3 @@ class MultiwozDialogue(ReplayDialogue):
         """The human's turns under ``strategy`` that may fit now, the best first."""
         here = [beat for beat in self._case.beats if beat.strategy == strategy and beat.domain == self._index]
         return [beat for beat in self._following() if beat.strategy == strategy] + here
-
-
-def _shown(name: str, value: Any) -> bool:
-    """Whether a field of a row is there to be told."""
-    return name not in HIDDEN and isinstance(value, str) and value not in ("", "?")

@@ -1,7 +1,14 @@
-"""MultiWOZ's catalogue and procedure: one for all goals. The facts come from the database and from what was told."""
+"""MultiWOZ's catalogue, procedure and briefings: the same for all goals.
+
+The procedure's facts come from the database and from what was told.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from openrlhf_gopo.envs.multiwoz_db import Row
 from openrlhf_gopo.envs.multiwoz_reader import table
 from openrlhf_gopo.envs.replayed import BYE
 from openrlhf_gopo.sop.rules import Rule, Sop
@@ -21,6 +28,7 @@ BOOKED = {"restaurant": ("day", "people", "time"), "hotel": ("day", "people", "s
 NAMES = {slot: name for slot, name, _ in table()["slots"].values()}  # slot -> its name in a sentence
 QUESTIONS = {slot: question for slot, _, question in table()["slots"].values()}
 LABELS = {**NAMES, "trainID": "train ID"}  # the same, with fields of the database
+HIDDEN = ("location", "id", "introduction", "openhours", "signature", "takesbookings")  # fields nobody asks for
 
 
 def strategies() -> tuple[Strategy, ...]:
@@ -51,3 +59,25 @@ def procedure() -> Sop:
     rules += [Rule(id_, no_repeat=True) for id_ in ids if id_.startswith(ASK) or id_ == MORE]
     rules.append(Rule(BYE, after_any=tuple(id_ for id_ in ids if id_ != BYE)))
     return Sop(ids, tuple(rules), terminal=(BYE,), name="multiwoz")
+
+
+def brief(
+    strategy: str, domain: str, told: Mapping[str, str], found: int, row: Row | None, booking: Mapping[str, str]
+) -> str:
+    """What ``strategy`` is for; that the database has ``found`` rows for what was ``told``, and ``row``, the one to
+    present; what a ``booking`` returns."""
+    kind, _, slot = strategy.partition(":")
+    lines = [table()["strategies"][kind].format(name=LABELS.get(slot, slot))]
+    if domain != "taxi" and kind in ("offer", "no_offer", "inform"):
+        wishes = ", ".join(f"{LABELS.get(s, s)} {value}" for s, value in told.items())
+        lines.append(f"Database: {found} of {domain} for {wishes or 'any wish'}.")
+    if row and kind in ("offer", "inform"):
+        lines.append("; ".join(f"{LABELS.get(k, k)}: {v}" for k, v in row.items() if shown(k, v)))
+    if kind == "book":
+        lines += [f"{name}: {value}" for name, value in booking.items()]
+    return "\n".join(lines)
+
+
+def shown(name: str, value: Any) -> bool:
+    """Whether a field of a row is there to be told."""
+    return name not in HIDDEN and isinstance(value, str) and value not in ("", "?")

@@ -15,13 +15,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from openrlhf_gopo.errors import ConfigError, DataError
-from openrlhf_gopo.logs import mgshop, star
+from openrlhf_gopo.logs import abcd, mgshop, multiwoz, star
 from openrlhf_gopo.logs.check import problems_of, validate
 from openrlhf_gopo.logs.schema import Dialogue
 
 Source = Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]
 
-SOURCES: dict[str, Source] = {"mgshop": mgshop.records, "star": star.records}
+SOURCES: dict[str, Source] = {
+    "abcd": abcd.records,
+    "mgshop": mgshop.records,
+    "multiwoz": multiwoz.records,
+    "star": star.records,
+}
 
 
 def convert(source: str, folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:

@@ -8,20 +8,17 @@ result. A check that the environment requires but the wizard skipped stays open.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from openrlhf_gopo.envs.base import SPLITS
-from openrlhf_gopo.envs.replayed import ENGAGEMENT, OFF_TASK
+from openrlhf_gopo.envs.replayed import BYE
 from openrlhf_gopo.envs.star import Star
 from openrlhf_gopo.envs.star_dialogue import brief
 from openrlhf_gopo.envs.star_script import Beat, Script, report_ids
-from openrlhf_gopo.envs.star_sop import BYE, HELLO, Manual
-from openrlhf_gopo.types import Goal, StopReason
-
-logger = logging.getLogger(__name__)
+from openrlhf_gopo.envs.star_sop import HELLO, Manual
+from openrlhf_gopo.logs import human
+from openrlhf_gopo.logs.human import Step
 
 
 def records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -31,50 +28,24 @@ def records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         DataError: the folder or a record in it is malformed.
     """
     env = Star.load(str(folder))
-    for reason, count in env.census.items():
-        if reason.startswith("left out"):
-            logger.warning("star: %d dialogues %s", count, reason)
-    for split in SPLITS:
-        for goal in env.goals(split):
-            script, manual = env.script(goal)
-            yield f"{folder}: dialogue {script.record.id}", _record(goal, script, manual)
+    return human.records(env, env.census, folder, lambda goal: _steps(*env.script(goal)))
 
 
-def _record(goal: Goal, script: Script, manual: Manual) -> dict[str, Any]:
-    turns: list[dict[str, Any]] = []
-    left = dict.fromkeys(goal.subgoals)
+def _steps(script: Script, manual: Manual) -> Iterator[Step]:
     tells = iter(script.said)
     user = script.opening.text
-    for beat, item in zip(script.beats, _items(script), strict=True):
+    for index, (beat, item) in enumerate(zip(script.beats, _items(script), strict=True)):
         told = next(tells).tells if beat.user else frozenset()
-        reached = [f"slot:{slot}" for slot in sorted(told)] + _reached(beat, script, manual)
-        completed = [subgoal for subgoal in reached if subgoal in left]
-        on_task = bool(completed) or (not turns and beat.label == HELLO)
-        left = {subgoal: None for subgoal in left if subgoal not in completed}
-        turn: dict[str, Any] = {
-            "user": user,
-            "strategy": beat.label or None,
-            "reply": beat.text,
-            "completed": completed,
-        }
-        turn |= {"on_task": on_task, "events": ["reply"] if beat.user else []}
-        if beat.label:
-            turn["briefing"] = brief(manual, beat.label, _shown(item, beat.text))
-        if beat.user or beat.label == BYE:
-            turn["engagement"] = (ENGAGEMENT if on_task else OFF_TASK)["own"]
-        turns.append(turn)
+        yield Step(
+            user=user,
+            strategy=beat.label,
+            reply=beat.text,
+            briefing=brief(manual, beat.label, _shown(item, beat.text)) if beat.label else "",
+            reached=[f"slot:{slot}" for slot in sorted(told)] + _reached(beat, script, manual),
+            required=index == 0 and beat.label == HELLO,
+            answered=bool(beat.user),
+        )
         user = beat.user
-    ended = any(beat.label == BYE for beat in script.beats)
-    stop = StopReason.CLOSED if ended else StopReason.USER_LEFT
-    fields = ("id", "intent", "context", "subgoals", "facts")
-    return {
-        "id": goal.id,
-        "source": "star",
-        "language": "en",
-        "goal": {name: getattr(goal, name) for name in fields},
-        "turns": turns,
-        "outcome": {"stop": (stop if left else StopReason.COMPLETED).value, "success": not left},
-    }
 
 
 def _items(script: Script) -> Iterator[Mapping[str, Any] | None]:
