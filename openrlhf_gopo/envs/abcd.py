@@ -184,6 +184,8 @@ def _needs(action: str, record: Record, manual: Manual, texts: Sequence[str]) ->
         named = {slot: record.values[slot] for slot in manual.slots[action] if slot in record.values}
         found = own or named
         return dict([*found.items()][:1]) if action == "pull-up-account" else found
+    if not manual.slots[action]:  # a button: whatever was typed beside it answers no question
+        return {}
     said = [value for value in dict.fromkeys(entered) if any(mentions(text, value) for text in texts)]
     known = {value.casefold(): slot for slot, value in record.values.items()}
     other = [f"{manual.slots[action][0]}{f' {index + 1}' if index else ''}" for index in range(len(said))]

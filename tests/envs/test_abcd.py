@@ -187,3 +187,14 @@ def test_random_walks_repeat_with_their_seed(real):
 def test_human_agents_keep_to_the_procedure(real):
     assert sop_share(real, real.goals("heldout")).share > 0.9
     assert sop_share(real, real.goals("train")).share > 0.9
+
+
+def test_values_typed_beside_a_button_that_takes_none_are_no_slots(copy):
+    """``search-faq`` takes nothing, whatever the agent typed there and the customer had said."""
+    path = copy / "dialogues_dev.json"
+    dialogues = json.loads(path.read_text())
+    (event,) = (e for e in dialogues[0]["delexed"] if e["targets"][2] == "membership")
+    event["targets"][2:4] = ["search-faq", ["silver"]]
+    path.write_text(json.dumps(dialogues))
+    goal = goal_of(Abcd.load(str(copy)), 11)
+    assert "silver" not in goal.facts.values()
