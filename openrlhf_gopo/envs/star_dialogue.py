@@ -55,10 +55,12 @@ class StarDialogue(ReplayDialogue):
         default = set(manual.task.required) - {s for r in script.rounds for s in r.needs}
         super().__init__(goal, user, script.opening.tells | default, script.opening.text, voice)
         self._script, self._manual = script, manual
+        self._several = len(script.record.tasks) > 1
         self._segment = 0
         self._owed: list[tuple[str, tuple[str, ...]]] = []  # (subgoal, reports that complete it)
         self._stale = False
         self._replayed: list[str] = []  # strategies of this segment, for "what the human did next"
+        self._wish = ""  # in a dialogue over several tasks: the words in which the user asked for what comes next
         self.opening = self._observe(Answer(self._words, "own", script.opening.tells))
 
     # -- what the agent is told ------------------------------------------------------------------------------------
@@ -121,6 +123,8 @@ class StarDialogue(ReplayDialogue):
             return self._user.tell(strategy, (slot,), self._values()), [], []
         if self._done() and strategy == MORE:
             return self._last_words(strategy), [], []
+        if self._wish and strategy == MORE:  # there is more, and it was said already
+            return Answer(self._wish, "own"), [], []
         return self._user.react(strategy, self._segment, self._values()), [], []
 
     def _query(self) -> tuple[Answer, list[str], list[str]]:
@@ -131,7 +135,7 @@ class StarDialogue(ReplayDialogue):
         current = self._script.rounds[self._segment]
         ids = report_ids(self._script, self._segment)
         self._segment += 1
-        self._replayed = []
+        self._replayed, self._wish = [], ""
         closers = self._manual.closers[current.result]
         labels: list[tuple[str, ...]] = [(label,) for label in current.reports] or [closers]
         labels[0] = tuple(dict.fromkeys((*labels[0], *closers)))
@@ -145,7 +149,11 @@ class StarDialogue(ReplayDialogue):
             return self._last_words(strategy)
         upcoming = self._script.rounds[self._segment]
         told = frozenset(upcoming.needs) - upcoming.extra
-        if upcoming.extra:  # the user answers those questions later
+        wish = self._user.catch_up(self._segment, upcoming.extra) if self._several else None
+        self._wish = wish.text if wish else ""
+        if wish:
+            answer = wish
+        elif upcoming.extra:  # the user answers those questions later
             answer = self._user.react(strategy, self._segment, self._values())
         else:
             answer = self._user.go_on(strategy, self._segment, self._values())
@@ -225,7 +233,7 @@ class StarDialogue(ReplayDialogue):
 
     def _fill(self, name: str, strategy: str) -> str:
         """The value for a template's placeholder: from the result, else from what the user told, else its name."""
-        known = {key.casefold(): value for key, value in self._values().items() if key in self._told}
+        known = {key.rpartition(".")[2].casefold(): v for key, v in self._values().items() if key in self._told}
         known |= {key.casefold(): value for key, value in self._item().items()}
         for key in (*FIELDS.get(name, ()), name.replace("_", "")):
             value = self._shown(known.get(key.casefold()), strategy)

@@ -6,6 +6,7 @@ the results so far, so segment 0 lies before the first query. Only this module k
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ from openrlhf_gopo.users.replay import Said
 MAX_ROUNDS = 4
 MAX_STEPS = 12  # required turns of one goal, two less than the environment's cap
 MAX_REPORTS = 2  # per round
+SEVERAL = 2  # times as many rounds, steps and turns where the dialogue is over several tasks
 
 
 @dataclass
@@ -131,26 +133,29 @@ def _merge_silent(draft: _Draft, manual: Manual) -> None:
 def _round(draft: _Draft, index: int, manual: Manual) -> Round:
     query, found = draft.rounds[index]
     result = (phase(query, manual.task), status(found.values))
-    domain = manual.task.id.partition("_")[0]
     labels = [beat.label for beat in draft.beats if beat.segment == index + 1]
     told = [label for label in dict.fromkeys(labels) if result in manual.reports.get(label, ())]
     # After the first report only those count that say something: "search for more?" is no step of the task.
-    full = [s for s in told[1:] if "{" in manual.templates[s] or not s.startswith(f"{domain}_ask_")]
+    full = [s for s in told[1:] if "{" in manual.templates[s] or not re.match("[a-z]+_ask_", s)]
     slots = set(manual.asks.values())
     needs = {slot: value for slot, value in query.values.items() if slot in slots}
     return Round(result, found.values, needs, tuple([*told[:1], *full][:MAX_REPORTS]))
 
 
 def _with_check(draft: _Draft, rounds: list[Round], manual: Manual) -> list[Round]:
-    """Put a successful check before a booking that the wizard made without one: the procedure asks for it."""
-    index = next((i for i, r in enumerate(rounds) if r.result[0] == "book"), None)
-    if index is None or any(r.result[0] == "check" for r in rounds[:index]):
+    """Put a successful check before a task's booking that the wizard made without one: the procedure asks for it."""
+    for index, current in enumerate(rounds):
+        check = re.sub("book$", "check", current.result[0])
+        if check not in [r.result[0] for r in rounds[: index + 1]]:
+            break
+    else:
         return rounds
     for beat in draft.beats:
         beat.segment += beat.segment > index
     item = {k: v for k, v in rounds[index].item.items() if k not in ("Message", "ReservationStatus")}
     draft.rounds.insert(index, draft.rounds[index])
-    return [*rounds[:index], replace(rounds[index], result=("check", "ok"), item=item, reports=()), *rounds[index:]]
+    added = replace(rounds[index], result=(check, "ok"), item=item, reports=())
+    return _with_check(draft, [*rounds[:index], added, *rounds[index:]], manual)
 
 
 def _attribute(first: str, said: list[Said], rounds: Sequence[Round], manual: Manual) -> tuple[Said, list[Said]]:
@@ -190,8 +195,9 @@ def _with_extra(rounds: Sequence[Round], index: int, draft: _Draft, opening: Sai
 
 def _shortened(script: Script) -> Script:
     """Keep the first rounds and reports that fit into ``MAX_ROUNDS`` and ``MAX_STEPS``."""
-    kept = replace(script, rounds=script.rounds[:MAX_ROUNDS])
-    while len(kept.rounds) > 1 and steps(kept) > MAX_STEPS:
+    times = SEVERAL if len(script.record.tasks) > 1 else 1
+    kept = replace(script, rounds=script.rounds[: times * MAX_ROUNDS])
+    while len(kept.rounds) > 1 and steps(kept) > times * MAX_STEPS:
         kept = replace(kept, rounds=kept.rounds[:-1])
     return replace(kept, cut=len(kept.rounds) < len(script.rounds))
 

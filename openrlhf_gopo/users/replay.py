@@ -142,6 +142,13 @@ class ReplayUser:
         here = [i for i, said in enumerate(self._said) if said.segment == segment]
         return self._first(here[-1:]) or self.react(strategy, segment, values)
 
+    def catch_up(self, segment: int, later: frozenset[str]) -> Answer | None:
+        """All own words of ``segment`` that were not replayed yet, in order; not those that tell one of ``later``."""
+        here = [i for i, said in enumerate(self._said) if said.segment == segment and not said.tells & later]
+        answers = [answer for i in here if i not in self._used and (answer := self._first([i]))]
+        told = frozenset[str]().union(*(answer.tells for answer in answers))
+        return Answer("\n".join(answer.text for answer in answers), "own", told) if answers else None
+
     def acknowledge(self) -> Answer:
         """Wait while the agent looks something up."""
         return self._any("acknowledge")
