@@ -53,9 +53,10 @@ class StarDialogue(ReplayDialogue):
     def __init__(self, goal: Goal, script: Script, manual: Manual, user: ReplayUser, voice: Voice) -> None:
         # A slot the API requires but this goal's wizard never entered has a default.
         default = set(manual.task.required) - {s for r in script.rounds for s in r.needs}
-        super().__init__(goal, user, script.opening.tells | default, script.opening.text, voice)
+        first = user.say(script.wishes[0]) if script.wishes else None
+        words = f"{script.opening.text}\n{first.text}" if first else script.opening.text
+        super().__init__(goal, user, script.opening.tells | default, words, voice)
         self._script, self._manual = script, manual
-        self._several = len(script.record.tasks) > 1
         self._segment = 0
         self._owed: list[tuple[str, tuple[str, ...]]] = []  # (subgoal, reports that complete it)
         self._stale = False
@@ -149,7 +150,7 @@ class StarDialogue(ReplayDialogue):
             return self._last_words(strategy)
         upcoming = self._script.rounds[self._segment]
         told = frozenset(upcoming.needs) - upcoming.extra
-        wish = self._user.catch_up(self._segment, upcoming.extra) if self._several else None
+        wish = self._user.say(self._script.wishes[self._segment]) if self._script.wishes else None
         self._wish = wish.text if wish else ""
         if wish:
             answer = wish

@@ -50,7 +50,8 @@ class Round:
 class Script:
     """One goal's human dialogue, ready to replay. ``values`` are all (slot, value) pairs of its queries.
 
-    ``cut``: later rounds were left out, so the user's words after the last kept result ask for more.
+    ``cut``: later rounds were left out, so the user's words after the last kept result ask for more. ``wishes``: in a
+    dialogue over several tasks, for every round the indices in ``said`` of the words that ask for it; else ().
     """
 
     record: Record
@@ -60,6 +61,7 @@ class Script:
     rounds: tuple[Round, ...]
     values: tuple[tuple[str, str], ...]
     cut: bool
+    wishes: tuple[tuple[int, ...], ...] = ()
 
     def asked(self) -> tuple[str, ...]:
         """The slots the agent has to learn after the opening, in order of need."""
@@ -88,9 +90,15 @@ def write_script(record: Record, manual: Manual) -> Script | None:
     rounds = _with_check(draft, [_round(draft, index, manual) for index in range(len(draft.rounds))], manual)
     said = [Said(beat.user, beat.label, beat.segment) for beat in draft.beats if beat.user]
     opening, said = _attribute(draft.opening, said, rounds, manual)
-    rounds = [_with_extra(rounds, index, draft, opening, manual) for index in range(len(rounds))]
+    wishes: list[tuple[int, ...]] = []
+    if len(record.tasks) > 1:
+        wishes = [_wish(draft, index, current, manual) for index, current in enumerate(rounds)]
+        opening = replace(opening, tells=opening.tells.union(*(said[i].tells for i in wishes[0])))
+        rounds = [_with_unsaid(rounds, index, opening, said, wishes) for index in range(len(rounds))]
+    else:
+        rounds = [_with_extra(rounds, index, draft, opening, manual) for index in range(len(rounds))]
     values = tuple({(s, v): None for query, _ in draft.rounds for s, v in query.values.items() if s != "RequestType"})
-    script = Script(record, opening, tuple(said), tuple(draft.beats), tuple(rounds), values, False)
+    script = Script(record, opening, tuple(said), tuple(draft.beats), tuple(rounds), values, False, tuple(wishes))
     return _shortened(script)
 
 
@@ -191,6 +199,27 @@ def _with_extra(rounds: Sequence[Round], index: int, draft: _Draft, opening: Sai
     asked = {manual.asks.get(beat.label) for beat in draft.beats if beat.segment == index}
     new = {slot for slot in rounds[index].needs if slot not in earlier and slot in asked} if index else set()
     return replace(rounds[index], extra=frozenset(new))
+
+
+def _wish(draft: _Draft, index: int, upcoming: Round, manual: Manual) -> tuple[int, ...]:
+    """What the user said, since the result before, until the wizard asked for what the task of ``upcoming`` needs."""
+    spoken, wish = 0, list[int]()
+    for beat in draft.beats:
+        if beat.segment == index and manual.asks.get(beat.label) in manual.slots[upcoming.result[0]]:
+            break
+        if beat.segment == index and beat.user:
+            wish.append(spoken)
+        spoken += bool(beat.user)
+    return tuple(wish)
+
+
+def _with_unsaid(
+    rounds: Sequence[Round], index: int, opening: Said, said: Sequence[Said], wishes: Sequence[Sequence[int]]
+) -> Round:
+    """Mark the slots that are new in this round and not told by the words that ask for this round or an earlier one."""
+    earlier = opening.tells.union(*(current.needs for current in rounds[:index]))
+    earlier = earlier.union(*(said[i].tells for wish in wishes[: index + 1] for i in wish))
+    return replace(rounds[index], extra=frozenset(rounds[index].needs) - earlier if index else frozenset())
 
 
 def _shortened(script: Script) -> Script:

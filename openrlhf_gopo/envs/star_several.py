@@ -91,6 +91,11 @@ def combine(manuals: Sequence[Manual]) -> Several:
             reports=reports,
             closers=closers,
             queries=queries,
+            slots={
+                _phase(m.task, part): frozenset(slots[m.task.id, slot] for slot in wanted)
+                for m in manuals
+                for part, wanted in m.slots.items()
+            },
             sop=write_sop(f"star, {task.id}", strategies, reports, queries, needed),
         ),
     )

@@ -62,7 +62,8 @@ class Manual:
     """What the agent may do in one task.
 
     ``asks`` maps a question to its slot; ``reports`` a report to the results it may follow; ``closers`` a result to
-    the reports that the graph (else the wizards) give it; ``queries`` a phase to its query.
+    the reports that the graph (else the wizards) give it; ``queries`` a phase to its query, ``slots`` a phase to the
+    slots that its task has a question for.
     """
 
     task: Task
@@ -72,6 +73,7 @@ class Manual:
     reports: Mapping[str, frozenset[Result]]
     closers: Mapping[Result, tuple[str, ...]]
     queries: Mapping[str, str]
+    slots: Mapping[str, frozenset[str]]
     sop: Sop
 
     def facts(self, told: Collection[str], result: Result | None, pending: bool, request: str | None) -> set[str]:
@@ -170,6 +172,7 @@ def write_manual(task: Task, records: Iterable[Record]) -> Manual:
         reports={label: frozenset(results) for label, results in reports.items()},
         closers=closers,
         queries=queries,
+        slots=dict.fromkeys(queries, frozenset(asks.values())),
         sop=write_sop(f"star, {task.id}", strategies, reports, queries, dict.fromkeys(queries, task.required)),
     )
 
