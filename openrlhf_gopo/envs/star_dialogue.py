@@ -61,7 +61,7 @@ class StarDialogue(ReplayDialogue):
         self._owed: list[tuple[str, tuple[str, ...]]] = []  # (subgoal, reports that complete it)
         self._stale = False
         self._replayed: list[str] = []  # strategies of this segment, for "what the human did next"
-        self._wish = ""  # in a dialogue over several tasks: the words in which the user asked for what comes next
+        self._wish = first.text if first else ""  # over several tasks: the words that asked for what comes next
         self.opening = self._observe(Answer(self._words, "own", script.opening.tells))
 
     # -- what the agent is told ------------------------------------------------------------------------------------
@@ -124,9 +124,20 @@ class StarDialogue(ReplayDialogue):
             return self._user.tell(strategy, (slot,), self._values()), [], []
         if self._done() and strategy == MORE:
             return self._last_words(strategy), [], []
-        if self._wish and strategy == MORE:  # there is more, and it was said already
-            return Answer(self._wish, "own"), [], []
+        if self._script.wishes:
+            return self._hold_to_wish(strategy), [], []
         return self._user.react(strategy, self._segment, self._values()), [], []
+
+    def _hold_to_wish(self, strategy: str) -> Answer:
+        """Over several tasks: asked what they want, the user says it again; asked about another task, they wonder."""
+        own = self._user.own(strategy, self._segment)
+        if own or (strategy in (HELLO, MORE, CONFUSED) and self._wish):
+            return own or Answer(self._wish, "own")
+        rounds = self._script.rounds[self._segment :]
+        slot, open_slots = self._manual.asks.get(strategy), self._manual.slots[rounds[0].result[0]] if rounds else ()
+        if strategy == CONFUSED or (slot and slot not in open_slots):
+            return self._user.complain()
+        return self._user.react(strategy, self._segment, self._values())
 
     def _query(self) -> tuple[Answer, list[str], list[str]]:
         """Run the query of the next round, unless the user still has to tell something it needs."""
@@ -186,7 +197,7 @@ class StarDialogue(ReplayDialogue):
         else:
             steps = {self._manual.queries[self._script.rounds[self._segment].result[0]]}
         beats = self._script.beats
-        if not self._history and beats and beats[0].label == HELLO:
+        if not self._history and beats and beats[0].label == HELLO and not self._wish:
             steps.add(HELLO)
         return steps.intersection(allowed)
 
