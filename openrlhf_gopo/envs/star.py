@@ -1,12 +1,13 @@
 """The environment ``star``: 21 tasks of STAR (arXiv 2010.11853, MIT), real human dialogues replayed as the user.
 
-One goal is one single-task human dialogue. The agent asks for the slots that the task's API needs, queries, reports
-what the tool returned to this dialogue's wizard, perhaps several times as the user changes their mind, and says
-goodbye. A goal succeeds when everything that its human wizard found out and reported was found out and reported.
-The user's words come from ``users/replay.py``; the procedure from ``star_sop.py``.
+One goal is one human dialogue, over one task or over several that one wizard served. The agent asks for the slots that
+a task's API needs, queries, reports what the tool returned to this dialogue's wizard, perhaps several times as the user
+changes their mind or the subject, and says goodbye. A goal succeeds when everything that its human wizard found out and
+reported was found out and reported. The user's words come from ``users/replay.py``; the procedure from ``star_sop.py``,
+and from ``star_several.py`` for several tasks, which are open in the order in which the human turned to them.
 
-Left out: dialogues over several tasks, and those without a single query result. Rounds beyond four, or beyond the
-turns that fit, are cut from a goal. ``Star.census`` counts all of it.
+Left out: dialogues without a single query result. Rounds beyond four (eight over several tasks), or beyond the turns
+that fit, are cut from a goal. ``Star.census`` counts all of it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SLOTS_WEIGHT, REPORTS_WEIGHT, CLOSE_WEIGHT = 0.3, 0.6, 0.1
 
 
 class Star(Environment):
-    """STAR's single-task dialogues as goals. ``census`` counts what was loaded and what was left out."""
+    """STAR's dialogues as goals. ``census`` counts what was loaded and what was left out."""
 
     name = "star"
     blocking = False
@@ -48,10 +49,11 @@ class Star(Environment):
         self._pools: dict[str, Pool] = defaultdict(Pool)
         self._everyone = Pool()
         groups = _by_tasks(records)
-        for names in [(name,) for name in sorted({name for names in groups for name in names})]:
-            self._manuals[names[0]] = write_manual(tasks[names[0]], groups.get(names, ()))
-            for record in groups.get(names, ()):
-                self._add(record, self._manuals[names[0]])
+        for name in sorted({name for names in groups for name in names}):
+            own = groups.get((name,), ())
+            self._manuals[name] = write_manual(tasks[name], own)
+            for record in own:
+                self._add(record, self._manuals[name])
         for names in sorted(names for names in groups if len(names) > 1):
             self._add_several(names, groups[names])
 
@@ -113,15 +115,14 @@ class Star(Environment):
         return turns
 
     def _add_several(self, names: Sequence[str], records: Iterable[Record]) -> None:
+        """Add the goals over ``names``. Their users may borrow what those of each of the tasks said."""
         several = combine([self._manuals[name] for name in names])
         intent = several.manual.task.id
         self._manuals[intent] = several.manual
-        for name in names:  # what the users of one of the tasks said fits here too
-            for goal in self._goals["train"]:
-                if goal.intent == name:
-                    script = self._scripts[goal.id]
-                    for said in script.said:
-                        self._pools[intent].add(said, several.values(name, script.values))
+        for goal in self._goals["train"]:
+            script = self._scripts[goal.id]
+            for said in script.said if goal.intent in names else ():
+                self._pools[intent].add(said, several.values(goal.intent, script.values))
         for record in records:
             self._add(several.record(record), several.manual)
 

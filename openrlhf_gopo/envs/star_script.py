@@ -2,6 +2,7 @@
 
 A dialogue is cut into *rounds*: one query with its result and the reports the wizard made of it. ``segment`` counts
 the results so far, so segment 0 lies before the first query. Only this module knows the human dialogue as a whole.
+Over several tasks the rounds follow in the order of the dialogue, whichever task they belong to.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def write_script(record: Record, manual: Manual) -> Script | None:
     _merge_silent(draft, manual)
     if not draft.rounds or not draft.opening:
         return None
-    rounds = _with_check(draft, [_round(draft, index, manual) for index in range(len(draft.rounds))], manual)
+    rounds = _with_check(draft, [_round(draft, index, manual) for index in range(len(draft.rounds))])
     said = [Said(beat.user, beat.label, beat.segment) for beat in draft.beats if beat.user]
     opening, said = _attribute(draft.opening, said, rounds, manual)
     wishes: list[tuple[int, ...]] = []
@@ -150,20 +151,19 @@ def _round(draft: _Draft, index: int, manual: Manual) -> Round:
     return Round(result, found.values, needs, tuple([*told[:1], *full][:MAX_REPORTS]))
 
 
-def _with_check(draft: _Draft, rounds: list[Round], manual: Manual) -> list[Round]:
+def _with_check(draft: _Draft, rounds: list[Round]) -> list[Round]:
     """Put a successful check before a task's booking that the wizard made without one: the procedure asks for it."""
-    for index, current in enumerate(rounds):
-        check = re.sub("book$", "check", current.result[0])
-        if check not in [r.result[0] for r in rounds[: index + 1]]:
-            break
-    else:
+    parts = [current.result[0] for current in rounds]
+    checks = [part.removesuffix("book") + "check" if part.endswith("book") else part for part in parts]
+    index = next((i for i, check in enumerate(checks) if check not in parts[: i + 1]), None)
+    if index is None:
         return rounds
     for beat in draft.beats:
         beat.segment += beat.segment > index
     item = {k: v for k, v in rounds[index].item.items() if k not in ("Message", "ReservationStatus")}
     draft.rounds.insert(index, draft.rounds[index])
-    added = replace(rounds[index], result=(check, "ok"), item=item, reports=())
-    return _with_check(draft, [*rounds[:index], added, *rounds[index:]], manual)
+    added = replace(rounds[index], result=(checks[index], "ok"), item=item, reports=())
+    return _with_check(draft, [*rounds[:index], added, *rounds[index:]])
 
 
 def _attribute(first: str, said: list[Said], rounds: Sequence[Round], manual: Manual) -> tuple[Said, list[Said]]:
