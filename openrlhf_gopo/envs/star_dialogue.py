@@ -246,6 +246,8 @@ class StarDialogue(ReplayDialogue):
     def _fill(self, name: str, strategy: str) -> str:
         """The value for a template's placeholder: from the result, else from what the user told, else its name."""
         known = {key.rpartition(".")[2].casefold(): v for key, v in self._values().items() if key in self._told}
+        reported = self._result()
+        known |= {key.rpartition(".")[2].casefold(): v for key, v in (reported.needs if reported else {}).items()}
         known |= {key.casefold(): value for key, value in self._item().items()}
         for key in (*FIELDS.get(name, ()), name.replace("_", "")):
             value = self._shown(known.get(key.casefold()), strategy)
