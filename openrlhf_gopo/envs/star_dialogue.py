@@ -161,10 +161,10 @@ class StarDialogue(ReplayDialogue):
             return self._last_words(strategy)
         upcoming = self._script.rounds[self._segment]
         told = frozenset(upcoming.needs) - upcoming.extra
-        wish = self._user.say(self._script.wishes[self._segment]) if self._script.wishes else None
-        self._wish = wish.text if wish else ""
-        if wish:
-            answer = wish
+        wish = self._script.wishes[self._segment] if self._script.wishes else ()
+        self._wish = "\n".join(self._script.said[i].text for i in wish)
+        if wish:  # what was said too early is said again
+            answer = self._user.say(wish) or Answer(self._wish, "own")
         elif upcoming.extra:  # the user answers those questions later
             answer = self._user.react(strategy, self._segment, self._values())
         else:

@@ -173,6 +173,14 @@ def test_asked_again_the_user_repeats_the_wish(both):
     assert seen.user == "Wait a moment.\nWhat will the sky be like?"
 
 
+def test_a_wish_said_before_the_report_is_said_again_after_it(tmp_path):
+    env = load(tmp_path, [*EVENTS[:8], user("How is the sky at 9 pm?"), *EVENTS[13:]])
+    goal = next(goal for goal in everything(env) if "+" in goal.intent)
+    _, early = after(env, goal, *TABLE_FOUND[:3], "sky_ask_time")
+    _, due = after(env, goal, *TABLE_FOUND[:3], "sky_ask_time", "table_ask_confirm")
+    assert early.user == due.user == "How is the sky at 9 pm?"
+
+
 def test_asked_about_another_task_the_user_does_not_borrow_an_answer(tmp_path):
     env = load(tmp_path, EVENTS, *[[*EVENTS[:12], user("Late."), *EVENTS[13:]]] * 4)
     goal = next(goal for goal in everything(env) if goal.id == "star-70")
