@@ -131,6 +131,10 @@ class Environment(ABC):
         """The SOPs by name, with their catalogues, for the command ``cli.sop``; {}: none shown."""
         return {self.name: self.procedure} if self.procedure else {}
 
+    def turn_limit(self, goal: Goal) -> int:
+        """Turns after which a dialogue about ``goal`` is truncated, unless --gopo.max_turns says otherwise."""
+        return self.max_turns
+
     @abstractmethod
     def start(self, goal: Goal, seed: int) -> Dialogue:
         """A fresh dialogue. Equal (goal, seed, strategies, replies) give equal transcripts."""

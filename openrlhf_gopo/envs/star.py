@@ -1,12 +1,13 @@
 """The environment ``star``: 21 tasks of STAR (arXiv 2010.11853, MIT), real human dialogues replayed as the user.
 
-One goal is one single-task human dialogue. The agent asks for the slots that the task's API needs, queries, reports
-what the tool returned to this dialogue's wizard, perhaps several times as the user changes their mind, and says
-goodbye. A goal succeeds when everything that its human wizard found out and reported was found out and reported.
-The user's words come from ``users/replay.py``; the procedure from ``star_sop.py``.
+One goal is one human dialogue, over one task or over several that one wizard served. The agent asks for the slots that
+a task's API needs, queries, reports what the tool returned to this dialogue's wizard, perhaps several times as the user
+changes their mind or the subject, and says goodbye. A goal succeeds when everything that its human wizard found out and
+reported was found out and reported. The user's words come from ``users/replay.py``; the procedure from ``star_sop.py``,
+and from ``star_several.py`` for several tasks, which are open in the order in which the human turned to them.
 
-Left out: dialogues over several tasks, and those without a single query result. Rounds beyond four, or beyond the
-turns that fit, are cut from a goal. ``Star.census`` counts all of it.
+Left out: dialogues without a single query result. Rounds beyond four (eight over several tasks), or beyond the turns
+that fit, are cut from a goal. ``Star.census`` counts all of it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from openrlhf_gopo.envs.reading import split_of
 from openrlhf_gopo.envs.replayed import BYE, PATIENCE
 from openrlhf_gopo.envs.star_dialogue import StarDialogue
 from openrlhf_gopo.envs.star_reader import Record, Task, read
-from openrlhf_gopo.envs.star_script import Script, pairs, report_ids, write_script
+from openrlhf_gopo.envs.star_script import SEVERAL, Script, pairs, report_ids, write_script
+from openrlhf_gopo.envs.star_several import combine
 from openrlhf_gopo.envs.star_sop import Manual, write_manual
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.sop import Procedure
@@ -32,7 +34,7 @@ SLOTS_WEIGHT, REPORTS_WEIGHT, CLOSE_WEIGHT = 0.3, 0.6, 0.1
 
 
 class Star(Environment):
-    """STAR's single-task dialogues as goals. ``census`` counts what was loaded and what was left out."""
+    """STAR's dialogues as goals. ``census`` counts what was loaded and what was left out."""
 
     name = "star"
     blocking = False
@@ -46,10 +48,14 @@ class Star(Environment):
         self._goals: dict[str, list[Goal]] = {split: [] for split in SPLITS}
         self._pools: dict[str, Pool] = defaultdict(Pool)
         self._everyone = Pool()
-        for name, own in _by_task(records, self.census).items():
+        groups = _by_tasks(records)
+        for name in sorted({name for names in groups for name in names}):
+            own = groups.get((name,), ())
             self._manuals[name] = write_manual(tasks[name], own)
             for record in own:
                 self._add(record, self._manuals[name])
+        for names in sorted(names for names in groups if len(names) > 1):
+            self._add_several(names, groups[names])
 
     @classmethod
     def load(cls, data: str | None) -> Star:
@@ -57,15 +63,20 @@ class Star(Environment):
         return cls(*read(data))
 
     def goals(self, split: str) -> Sequence[Goal]:
-        """One goal per dialogue, in file order by task; a hash of the dialogue id decides the split."""
+        """One goal per dialogue, in file order by task, those over several tasks last; a hash of the dialogue id
+        decides the split."""
         return self._goals[split]
 
+    def turn_limit(self, goal: Goal) -> int:
+        """``max_turns``; twice as many for a goal over several tasks."""
+        return self.max_turns * (SEVERAL if len(self.script(goal)[0].record.tasks) > 1 else 1)
+
     def catalogue(self, goal: Goal) -> Sequence[Strategy]:
-        """The strategies of the goal's task: those its wizards can utter, its queries, and the four shared ones."""
+        """The strategies of the goal's tasks: those its wizards can utter, its queries, and the four shared ones."""
         return self._manuals[goal.intent].strategies
 
     def procedures(self) -> Mapping[str, Procedure]:
-        """One for each task."""
+        """One for each task, and one for each set of tasks that a wizard served together."""
         return {task: Procedure(manual.strategies, manual.sop) for task, manual in self._manuals.items()}
 
     def start(self, goal: Goal, seed: int) -> Dialogue:
@@ -103,12 +114,26 @@ class Star(Environment):
                 user = beat.user
         return turns
 
+    def _add_several(self, names: Sequence[str], records: Iterable[Record]) -> None:
+        """Add the goals over ``names``. Their users may borrow what those of each of the tasks said."""
+        several = combine([self._manuals[name] for name in names])
+        intent = several.manual.task.id
+        self._manuals[intent] = several.manual
+        for goal in self._goals["train"]:
+            script = self._scripts[goal.id]
+            for said in script.said if goal.intent in names else ():
+                self._pools[intent].add(said, several.values(goal.intent, script.values))
+        for record in records:
+            self._add(several.record(record), several.manual)
+
     def _add(self, record: Record, manual: Manual) -> None:
         script = write_script(record, manual)
+        kind = "over several tasks" if len(record.tasks) > 1 else "over one task"
+        self.census[f"{kind}, {'happy' if record.happy else 'unhappy'}"] += script is not None
         if script is None:
             self.census["left out: no query result"] += 1
             return
-        goal = _goal(script, manual)
+        goal = _goal(script, manual, [self._manuals[name] for name in record.tasks])
         self.census[f"goals: {goal.split}"] += 1
         self.census["goals with later rounds cut"] += script.cut
         self._scripts[goal.id] = script
@@ -116,26 +141,25 @@ class Star(Environment):
         if goal.split == "train":  # the held-out users' words are seen in their own dialogue only
             for said in script.said:
                 self._pools[goal.intent].add(said, script.values)
-                self._everyone.add(said, script.values)
+                if len(record.tasks) == 1:
+                    self._everyone.add(said, script.values)
 
 
-def _by_task(records: Iterable[Record], census: Counter[str]) -> dict[str, list[Record]]:
-    groups: dict[str, list[Record]] = defaultdict(list)
+def _by_tasks(records: Iterable[Record]) -> dict[tuple[str, ...], list[Record]]:
+    groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in records:
-        if len(record.tasks) == 1:
-            groups[record.tasks[0]].append(record)
-        else:
-            census["left out: several tasks"] += 1
-    return dict(sorted(groups.items()))
+        groups[record.tasks].append(record)
+    return groups
 
 
-def _goal(script: Script, manual: Manual) -> Goal:
+def _goal(script: Script, manual: Manual, parts: Sequence[Manual]) -> Goal:
+    """The goal of ``script``; ``parts``: the manuals of its tasks, ``manual`` that of all of them together."""
     record = script.record
     verdicts = [answer for question, answer in record.answers.items() if "calm" not in question]
     return Goal(
         id=f"star-{record.id}",
         intent=manual.task.id,
-        context=_context(record, manual),
+        context=_context(record, parts),
         subgoals=_subgoals(script),
         facts=pairs(script.values),
         persona={"patience": PATIENCE, "happy": record.happy},
@@ -144,14 +168,16 @@ def _goal(script: Script, manual: Manual) -> Goal:
     )
 
 
-def _context(record: Record, manual: Manual) -> str:
-    """What the wizard was told, and what the tool can be asked: nothing of the user's own task text."""
-    slots = list(dict.fromkeys(manual.asks.values()))
-    needed = [slot for slot in slots if slot in manual.task.required]
-    other = [slot for slot in slots if slot not in needed]
-    lines = [" ".join(record.wizard_task.split()).rstrip(".") + ".", f"Task: {manual.task.id.replace('_', ' ')}."]
-    lines += [f"The tool needs: {', '.join(map(_words, needed))}."] if needed else []
-    lines += [f"It also takes: {', '.join(map(_words, other))}."] if other else []
+def _context(record: Record, manuals: Iterable[Manual]) -> str:
+    """What the wizard was told, and what the tools can be asked: nothing of the user's own task text."""
+    lines = [" ".join(record.wizard_task.split()).rstrip(".") + "."]
+    for manual in manuals:
+        slots = list(dict.fromkeys(manual.asks.values()))
+        needed = [slot for slot in slots if slot in manual.task.required]
+        other = [slot for slot in slots if slot not in needed]
+        lines.append(f"Task: {manual.task.id.replace('_', ' ')}.")
+        lines += [f"The tool needs: {', '.join(map(_words, needed))}."] if needed else []
+        lines += [f"It also takes: {', '.join(map(_words, other))}."] if other else []
     return " ".join(lines)
 
 

@@ -53,12 +53,15 @@ class StarDialogue(ReplayDialogue):
     def __init__(self, goal: Goal, script: Script, manual: Manual, user: ReplayUser, voice: Voice) -> None:
         # A slot the API requires but this goal's wizard never entered has a default.
         default = set(manual.task.required) - {s for r in script.rounds for s in r.needs}
-        super().__init__(goal, user, script.opening.tells | default, script.opening.text, voice)
+        first = user.say(script.wishes[0]) if script.wishes else None
+        words = f"{script.opening.text}\n{first.text}" if first else script.opening.text
+        super().__init__(goal, user, script.opening.tells | default, words, voice)
         self._script, self._manual = script, manual
         self._segment = 0
         self._owed: list[tuple[str, tuple[str, ...]]] = []  # (subgoal, reports that complete it)
         self._stale = False
         self._replayed: list[str] = []  # strategies of this segment, for "what the human did next"
+        self._wish = first.text if first else ""  # over several tasks: the words that asked for what comes next
         self.opening = self._observe(Answer(self._words, "own", script.opening.tells))
 
     # -- what the agent is told ------------------------------------------------------------------------------------
@@ -121,7 +124,20 @@ class StarDialogue(ReplayDialogue):
             return self._user.tell(strategy, (slot,), self._values()), [], []
         if self._done() and strategy == MORE:
             return self._last_words(strategy), [], []
+        if self._script.wishes:
+            return self._hold_to_wish(strategy), [], []
         return self._user.react(strategy, self._segment, self._values()), [], []
+
+    def _hold_to_wish(self, strategy: str) -> Answer:
+        """Over several tasks: asked what they want, the user says it again; asked about another task, they wonder."""
+        own = self._user.own(strategy, self._segment)
+        if own or (strategy in (HELLO, MORE, CONFUSED) and self._wish):
+            return own or Answer(self._wish, "own")
+        rounds = self._script.rounds[self._segment :]
+        slot, open_slots = self._manual.asks.get(strategy), self._manual.slots[rounds[0].result[0]] if rounds else ()
+        if strategy == CONFUSED or (slot and slot not in open_slots):
+            return self._user.complain()
+        return self._user.react(strategy, self._segment, self._values())
 
     def _query(self) -> tuple[Answer, list[str], list[str]]:
         """Run the query of the next round, unless the user still has to tell something it needs."""
@@ -131,7 +147,7 @@ class StarDialogue(ReplayDialogue):
         current = self._script.rounds[self._segment]
         ids = report_ids(self._script, self._segment)
         self._segment += 1
-        self._replayed = []
+        self._replayed, self._wish = [], ""
         closers = self._manual.closers[current.result]
         labels: list[tuple[str, ...]] = [(label,) for label in current.reports] or [closers]
         labels[0] = tuple(dict.fromkeys((*labels[0], *closers)))
@@ -145,7 +161,11 @@ class StarDialogue(ReplayDialogue):
             return self._last_words(strategy)
         upcoming = self._script.rounds[self._segment]
         told = frozenset(upcoming.needs) - upcoming.extra
-        if upcoming.extra:  # the user answers those questions later
+        wish = self._script.wishes[self._segment] if self._script.wishes else ()
+        self._wish = "\n".join(self._script.said[i].text for i in wish)
+        if wish:  # what was said too early is said again
+            answer = self._user.say(wish) or Answer(self._wish, "own")
+        elif upcoming.extra:  # the user answers those questions later
             answer = self._user.react(strategy, self._segment, self._values())
         else:
             answer = self._user.go_on(strategy, self._segment, self._values())
@@ -177,7 +197,7 @@ class StarDialogue(ReplayDialogue):
         else:
             steps = {self._manual.queries[self._script.rounds[self._segment].result[0]]}
         beats = self._script.beats
-        if not self._history and beats and beats[0].label == HELLO:
+        if not self._history and beats and beats[0].label == HELLO and not self._wish:
             steps.add(HELLO)
         return steps.intersection(allowed)
 
@@ -225,7 +245,9 @@ class StarDialogue(ReplayDialogue):
 
     def _fill(self, name: str, strategy: str) -> str:
         """The value for a template's placeholder: from the result, else from what the user told, else its name."""
-        known = {key.casefold(): value for key, value in self._values().items() if key in self._told}
+        known = {key.rpartition(".")[2].casefold(): v for key, v in self._values().items() if key in self._told}
+        reported = self._result()
+        known |= {key.rpartition(".")[2].casefold(): v for key, v in (reported.needs if reported else {}).items()}
         known |= {key.casefold(): value for key, value in self._item().items()}
         for key in (*FIELDS.get(name, ()), name.replace("_", "")):
             value = self._shown(known.get(key.casefold()), strategy)

@@ -9,7 +9,7 @@ dialogues/*.json              one dialogue per file; or dialogues*.jsonl, one pe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Event:
-    """``kind`` is user, wizard, query or result; ``values`` are a query's constraints or a result's item."""
+    """``kind`` is user, wizard, query or result; ``values`` are a query's constraints or a result's item.
+
+    ``label``: a wizard turn's, as in the data; a query's is its phase where ``star_several`` names it. ``api``: the
+    task whose tool a query asks.
+    """
 
     kind: str
     text: str = ""
     label: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
+    api: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,7 @@ def _record(value: dict[str, Any], where: str, tasks: Mapping[str, Task]) -> Rec
             raise DataError(f"{where}:{prefix}Task: {names[-1]!r} has no folder in tasks/; restore it")
     if not names:
         raise DataError(f"{where}:Scenario.WizardCapabilities: expected at least one task, got none")
+    names = list(dict.fromkeys(names))
     answers = value.get("UserQuestionnaire") or []
     return Record(
         id=str(get(value, "DialogueID", (int, str), where)),
@@ -144,11 +150,11 @@ def _record(value: dict[str, Any], where: str, tasks: Mapping[str, Task]) -> Rec
         user_task=get(scenario, "UserTask", str, where, "Scenario."),
         happy=get(scenario, "Happy", bool, where, "Scenario."),
         answers={str(a.get("Question", "")): bool(a.get("Answer")) for a in answers if isinstance(a, dict)},
-        events=tuple(_events(get(value, "Events", list, where), where)),
+        events=tuple(_events(get(value, "Events", list, where), where, names)),
     )
 
 
-def _events(events: list[Any], where: str) -> Iterator[Event]:
+def _events(events: list[Any], where: str, tasks: Sequence[str]) -> Iterator[Event]:
     """The events of a dialogue that say or find something; suggestions, instructions and selections are skipped."""
     for index, event in enumerate(events):
         prefix = f"Events[{index}]."
@@ -163,7 +169,10 @@ def _events(events: list[Any], where: str) -> Iterator[Event]:
                 if not isinstance(constraint, dict):
                     raise DataError(f"{where}:{prefix}Constraints: expected objects, got {constraint!r}")
                 values |= {slot: plain(str(value)) for slot, value in constraint.items()}
-            yield Event("query", values={slot: value for slot, value in values.items() if value})
+            api = get(event, "APIName", str, where, prefix) if len(tasks) > 1 else tasks[0]
+            if api not in tasks:
+                raise DataError(f"{where}:{prefix}APIName: {api!r} is none of the wizard's tasks: {', '.join(tasks)}")
+            yield Event("query", values={slot: value for slot, value in values.items() if value}, api=api)
         elif action == "return_item":
             item = event.get("Item") or {}
             if not isinstance(item, dict):

@@ -2,10 +2,12 @@
 
 A dialogue is cut into *rounds*: one query with its result and the reports the wizard made of it. ``segment`` counts
 the results so far, so segment 0 lies before the first query. Only this module knows the human dialogue as a whole.
+Over several tasks the rounds follow in the order of the dialogue, whichever task they belong to.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +20,7 @@ from openrlhf_gopo.users.replay import Said
 MAX_ROUNDS = 4
 MAX_STEPS = 12  # required turns of one goal, two less than the environment's cap
 MAX_REPORTS = 2  # per round
+SEVERAL = 2  # times as many rounds, steps and turns where the dialogue is over several tasks
 
 
 @dataclass
@@ -48,7 +51,8 @@ class Round:
 class Script:
     """One goal's human dialogue, ready to replay. ``values`` are all (slot, value) pairs of its queries.
 
-    ``cut``: later rounds were left out, so the user's words after the last kept result ask for more.
+    ``cut``: later rounds were left out, so the user's words after the last kept result ask for more. ``wishes``: in a
+    dialogue over several tasks, for every round the indices in ``said`` of the words that ask for it; else ().
     """
 
     record: Record
@@ -58,6 +62,7 @@ class Script:
     rounds: tuple[Round, ...]
     values: tuple[tuple[str, str], ...]
     cut: bool
+    wishes: tuple[tuple[int, ...], ...] = ()
 
     def asked(self) -> tuple[str, ...]:
         """The slots the agent has to learn after the opening, in order of need."""
@@ -83,12 +88,18 @@ def write_script(record: Record, manual: Manual) -> Script | None:
     _merge_silent(draft, manual)
     if not draft.rounds or not draft.opening:
         return None
-    rounds = _with_check(draft, [_round(draft, index, manual) for index in range(len(draft.rounds))], manual)
+    rounds = _with_check(draft, [_round(draft, index, manual) for index in range(len(draft.rounds))])
     said = [Said(beat.user, beat.label, beat.segment) for beat in draft.beats if beat.user]
     opening, said = _attribute(draft.opening, said, rounds, manual)
-    rounds = [_with_extra(rounds, index, draft, opening, manual) for index in range(len(rounds))]
+    wishes: list[tuple[int, ...]] = []
+    if len(record.tasks) > 1:
+        wishes = [_wish(draft, index, current, manual) for index, current in enumerate(rounds)]
+        opening = replace(opening, tells=opening.tells.union(*(said[i].tells for i in wishes[0])))
+        rounds = [_with_unsaid(rounds, index, opening, said, wishes) for index in range(len(rounds))]
+    else:
+        rounds = [_with_extra(rounds, index, draft, opening, manual) for index in range(len(rounds))]
     values = tuple({(s, v): None for query, _ in draft.rounds for s, v in query.values.items() if s != "RequestType"})
-    script = Script(record, opening, tuple(said), tuple(draft.beats), tuple(rounds), values, False)
+    script = Script(record, opening, tuple(said), tuple(draft.beats), tuple(rounds), values, False, tuple(wishes))
     return _shortened(script)
 
 
@@ -131,26 +142,28 @@ def _merge_silent(draft: _Draft, manual: Manual) -> None:
 def _round(draft: _Draft, index: int, manual: Manual) -> Round:
     query, found = draft.rounds[index]
     result = (phase(query, manual.task), status(found.values))
-    domain = manual.task.id.partition("_")[0]
     labels = [beat.label for beat in draft.beats if beat.segment == index + 1]
     told = [label for label in dict.fromkeys(labels) if result in manual.reports.get(label, ())]
     # After the first report only those count that say something: "search for more?" is no step of the task.
-    full = [s for s in told[1:] if "{" in manual.templates[s] or not s.startswith(f"{domain}_ask_")]
+    full = [s for s in told[1:] if "{" in manual.templates[s] or not re.match("[a-z]+_ask_", s)]
     slots = set(manual.asks.values())
     needs = {slot: value for slot, value in query.values.items() if slot in slots}
     return Round(result, found.values, needs, tuple([*told[:1], *full][:MAX_REPORTS]))
 
 
-def _with_check(draft: _Draft, rounds: list[Round], manual: Manual) -> list[Round]:
-    """Put a successful check before a booking that the wizard made without one: the procedure asks for it."""
-    index = next((i for i, r in enumerate(rounds) if r.result[0] == "book"), None)
-    if index is None or any(r.result[0] == "check" for r in rounds[:index]):
+def _with_check(draft: _Draft, rounds: list[Round]) -> list[Round]:
+    """Put a successful check before a task's booking that the wizard made without one: the procedure asks for it."""
+    parts = [current.result[0] for current in rounds]
+    checks = [part.removesuffix("book") + "check" if part.endswith("book") else part for part in parts]
+    index = next((i for i, check in enumerate(checks) if check not in parts[: i + 1]), None)
+    if index is None:
         return rounds
     for beat in draft.beats:
         beat.segment += beat.segment > index
     item = {k: v for k, v in rounds[index].item.items() if k not in ("Message", "ReservationStatus")}
     draft.rounds.insert(index, draft.rounds[index])
-    return [*rounds[:index], replace(rounds[index], result=("check", "ok"), item=item, reports=()), *rounds[index:]]
+    added = replace(rounds[index], result=(checks[index], "ok"), item=item, reports=())
+    return _with_check(draft, [*rounds[:index], added, *rounds[index:]])
 
 
 def _attribute(first: str, said: list[Said], rounds: Sequence[Round], manual: Manual) -> tuple[Said, list[Said]]:
@@ -188,10 +201,32 @@ def _with_extra(rounds: Sequence[Round], index: int, draft: _Draft, opening: Sai
     return replace(rounds[index], extra=frozenset(new))
 
 
+def _wish(draft: _Draft, index: int, upcoming: Round, manual: Manual) -> tuple[int, ...]:
+    """What the user said, since the result before, until the wizard asked for what the task of ``upcoming`` needs."""
+    spoken, wish = 0, list[int]()
+    for beat in draft.beats:
+        if beat.segment == index and manual.asks.get(beat.label) in manual.slots[upcoming.result[0]]:
+            break
+        if beat.segment == index and beat.user:
+            wish.append(spoken)
+        spoken += bool(beat.user)
+    return tuple(wish)
+
+
+def _with_unsaid(
+    rounds: Sequence[Round], index: int, opening: Said, said: Sequence[Said], wishes: Sequence[Sequence[int]]
+) -> Round:
+    """Mark the slots that are new in this round and not told by the words that ask for this round or an earlier one."""
+    earlier = opening.tells.union(*(current.needs for current in rounds[:index]))
+    earlier = earlier.union(*(said[i].tells for wish in wishes[: index + 1] for i in wish))
+    return replace(rounds[index], extra=frozenset(rounds[index].needs) - earlier if index else frozenset())
+
+
 def _shortened(script: Script) -> Script:
     """Keep the first rounds and reports that fit into ``MAX_ROUNDS`` and ``MAX_STEPS``."""
-    kept = replace(script, rounds=script.rounds[:MAX_ROUNDS])
-    while len(kept.rounds) > 1 and steps(kept) > MAX_STEPS:
+    times = SEVERAL if len(script.record.tasks) > 1 else 1
+    kept = replace(script, rounds=script.rounds[: times * MAX_ROUNDS])
+    while len(kept.rounds) > 1 and steps(kept) > times * MAX_STEPS:
         kept = replace(kept, rounds=kept.rounds[:-1])
     return replace(kept, cut=len(kept.rounds) < len(script.rounds))
 

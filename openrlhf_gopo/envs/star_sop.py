@@ -62,7 +62,8 @@ class Manual:
     """What the agent may do in one task.
 
     ``asks`` maps a question to its slot; ``reports`` a report to the results it may follow; ``closers`` a result to
-    the reports that the graph (else the wizards) give it; ``queries`` a phase to its query.
+    the reports that the graph (else the wizards) give it; ``queries`` a phase to its query, ``slots`` a phase to the
+    slots that its task has a question for.
     """
 
     task: Task
@@ -72,6 +73,7 @@ class Manual:
     reports: Mapping[str, frozenset[Result]]
     closers: Mapping[Result, tuple[str, ...]]
     queries: Mapping[str, str]
+    slots: Mapping[str, frozenset[str]]
     sop: Sop
 
     def facts(self, told: Collection[str], result: Result | None, pending: bool, request: str | None) -> set[str]:
@@ -92,9 +94,12 @@ def status(item: Mapping[str, object]) -> str:
 
 
 def phase(query: Event, task: Task) -> str:
-    """``book`` for a query that changes something where the task tells it from a check, else ``check``."""
+    """``book`` for a query that changes something where the task tells it from a check, else ``check``.
+
+    A query of several tasks is labelled with its phase: ``task:book``, ``task:check``.
+    """
     booked = "query_book" in task.replies and "Book" in str(query.values.get("RequestType", ""))
-    return "book" if booked else "check"
+    return query.label or ("book" if booked else "check")
 
 
 def slot_of(label: str, inputs: Sequence[str]) -> str | None:
@@ -167,7 +172,8 @@ def write_manual(task: Task, records: Iterable[Record]) -> Manual:
         reports={label: frozenset(results) for label, results in reports.items()},
         closers=closers,
         queries=queries,
-        sop=_sop(task, strategies, asks, reports, queries),
+        slots=dict.fromkeys(queries, frozenset(asks.values())),
+        sop=write_sop(f"star, {task.id}", strategies, reports, queries, dict.fromkeys(queries, task.required)),
     )
 
 
@@ -260,21 +266,24 @@ def describe(template: str) -> str:
     return re.sub(r"\{(\w+):?\w*\}", r"{\1}", " ".join(template.split()))
 
 
-def _sop(
-    task: Task,
+def write_sop(
+    name: str,
     strategies: Sequence[Strategy],
-    asks: Collection[str],
     reports: Collection[str],
     queries: Mapping[str, str],
+    needed: Mapping[str, Sequence[str]],
 ) -> Sop:
+    """The rules over ``strategies``; ``needed``: by phase, the slots its API requires."""
     ids = tuple(strategy.id for strategy in strategies)
     slots = {strategy.asks[0] for strategy in strategies if strategy.asks}
+    free = {strategy.id for strategy in strategies if not strategy.asks}.difference(reports, queries.values(), (BYE,))
     rules = [Rule(label, no_repeat=True) for label in ids if label != BYE]
-    rules += [Rule(label, max_uses=2) for label in ids if label not in {*asks, *reports, *QUERIES, BYE}]
+    rules += [Rule(label, max_uses=2) for label in ids if label in free]
     rules += [Rule(label, requires_facts=(f"may:{label}",)) for label in reports]
-    needed = tuple(slot for slot in task.required if slot in slots)
-    rules += [Rule(query, requires_facts=(*needed, f"due:{part}")) for part, query in queries.items()]
+    for part, query in queries.items():
+        told = tuple(slot for slot in needed[part] if slot in slots)
+        rules.append(Rule(query, requires_facts=(*told, f"due:{part}")))
     rules.append(Rule(HELLO, not_after=tuple(label for label in ids if label not in (HELLO, BYE))))
     rules.append(Rule(MORE, requires_facts=("reported",)))
     rules.append(Rule(BYE, requires_facts=("settled",), after_any=tuple(label for label in ids if label != BYE)))
-    return Sop(ids, rules=tuple(rules), terminal=(BYE,), name=f"star, {task.id}")
+    return Sop(ids, rules=tuple(rules), terminal=(BYE,), name=name)

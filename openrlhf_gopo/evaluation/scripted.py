@@ -84,7 +84,7 @@ def _converse(env: Environment, trajectory: Trajectory, policy: ScriptedPolicy, 
     dialogue = env.start(trajectory.goal, trajectory.seed)
     trajectory.user = dialogue.user
     seen = dialogue.opening
-    while len(trajectory.turns) < env.max_turns:
+    while len(trajectory.turns) < env.turn_limit(trajectory.goal):
         relevance = dict(dialogue.relevance())
         strategy, logprob = policy.choose(seen.allowed, relevance, order, rng)
         turn = Turn(

@@ -1,7 +1,7 @@
 """STAR's human dialogues as logs, in the goals, strategies, briefings and engagement scale of the environment ``star``.
 
 Goals have the environment's ids, so a human row pairs with a policy's row goal by goal. Left out, as there: dialogues
-over several tasks and those without a query result. Ours, not STAR's: a subgoal is completed by the wizard turn after
+without a query result. Ours, not STAR's: a subgoal is completed by the wizard turn after
 which the customer told the slot, by the first report under the result it belongs to, and by a goodbye after the last
 result. A check that the environment requires but the wizard skipped stays open.
 """

@@ -28,10 +28,13 @@ _THREADS = ThreadPoolExecutor(max_workers=256, thread_name_prefix="gopo-env")
 
 @dataclass(frozen=True)
 class Limits:
-    """``max_len``: tokens of one stream. ``reply_max_tokens``: cap of one reply. ``user_timeout``: seconds a call."""
+    """``max_len``: tokens of one stream. ``max_turns``: None for the environment's limit of the goal.
+
+    ``reply_max_tokens``: cap of one reply. ``user_timeout``: seconds a call.
+    """
 
     max_len: int
-    max_turns: int
+    max_turns: int | None
     reply_max_tokens: int
     user_timeout: float
     expert_temperature: float = 1.0
@@ -88,9 +91,10 @@ class _Run:
         dialogue = await self.call(lambda: self.env.start(self.goal, self.trajectory.seed))
         with self._blame():
             self.trajectory.user, observation = dialogue.user, dialogue.opening
+            turns = self.limits.max_turns or self.env.turn_limit(self.goal)
             self._check_allowed(observation.allowed)
         reply: str | None = None
-        for _ in range(self.limits.max_turns):
+        for _ in range(turns):
             asked = self.expert.message(self.policy.decision_text(reply, observation.user))
             if self._full(self.expert, asked, 1 + self.policy.room_to_plan()):
                 self.trajectory.stop = StopReason.MAX_TOKENS

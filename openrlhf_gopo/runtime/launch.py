@@ -31,11 +31,11 @@ from openrlhf_gopo.runtime.trainer import GOPOTrainer
 from openrlhf_gopo.types import Trajectory
 
 
-def rollout_spec(args: SimpleNamespace, config: GopoConfig, max_turns: int) -> RolloutSpec:
-    """What a dialogue needs, from the flags. ``max_turns`` is the environment's own limit."""
+def rollout_spec(args: SimpleNamespace, config: GopoConfig) -> RolloutSpec:
+    """What a dialogue needs, from the flags."""
     limits = Limits(
         max_len=args.data.max_len,
-        max_turns=config.max_turns or max_turns,
+        max_turns=config.max_turns,
         reply_max_tokens=config.reply_max_tokens,
         user_timeout=config.user_timeout,
         responder_top_p=args.rollout.top_p,
@@ -53,7 +53,7 @@ def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str,
     roles = make_roles(args, config)
     place(roles, args, config)
     env, policy = build_policy(policy_spec(args, config))
-    spec = rollout_spec(args, config, env.max_turns)
+    spec = rollout_spec(args, config)
     fast = not args.data.disable_fast_tokenizer
     tokenizers = {
         name: get_tokenizer(role.args.actor.model_name_or_path, None, "left", role.strategy, use_fast=fast)

@@ -142,6 +142,13 @@ class ReplayUser:
         here = [i for i, said in enumerate(self._said) if said.segment == segment]
         return self._first(here[-1:]) or self.react(strategy, segment, values)
 
+    def say(self, indices: Iterable[int]) -> Answer | None:
+        """Those of the own utterances ``indices`` that were not replayed yet, a line each; None when none is left."""
+        left = [i for i in indices if i not in self._used]
+        self._used.update(left)
+        told = frozenset[str]().union(*(self._said[i].tells for i in left))
+        return Answer("\n".join(self._said[i].text for i in left), "own", told) if left else None
+
     def acknowledge(self) -> Answer:
         """Wait while the agent looks something up."""
         return self._any("acknowledge")

@@ -26,7 +26,7 @@ def play(env, goal, choose, seed=0):
     """(user, strategy, outcome) of every turn with the reference replies, checking what holds in every dialogue."""
     talk = env.start(goal, seed)
     seen, turns = talk.opening, []
-    while len(turns) < env.max_turns:
+    while len(turns) < env.turn_limit(goal):
         strategy = choose(talk.relevance())
         outcome = talk.step(strategy, talk.reference_reply(strategy))
         turns.append((seen.user, strategy, outcome))

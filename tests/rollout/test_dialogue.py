@@ -311,6 +311,13 @@ def test_max_turns(policy, turns):
     assert trajectory.rewards["turns"] == turns
 
 
+def test_without_a_limit_of_the_run_the_goal_decides(policy):
+    env = ScriptedEnvironment()
+    env.turn_limit = lambda goal: {GOAL.id: 2}[goal.id]
+    assert len(play(env, policy, limits=replace(LIMITS, max_turns=None)).turns) == 2
+    assert len(play(env, policy, limits=replace(LIMITS, max_turns=1)).turns) == 1
+
+
 def test_no_room_for_the_experts_label(policy):
     """The expert's stream is the longer one: its second question does not fit, by one token."""
     env = ScriptedEnvironment()
