@@ -134,7 +134,9 @@ class GopoConfig:
     sharing: str = flag(
         "separate", "two models, or one model in two roles with both losses", choices=("separate", "shared")
     )
-    max_turns: int = flag(None, "turns after which a dialogue is truncated; default: the environment's", kind=int)
+    max_turns: int = flag(
+        None, "turns after which a dialogue is truncated; default: the environment's, by goal", kind=int
+    )
     reply_max_tokens: int = flag(64, "token cap of one reply")
     labels: str = flag(None, "comma-separated single-token strategy labels; default: A-Z, a-z, 0-9, AA-ZZ", kind=str)
     names_only: bool = flag(False, "show the expert the strategies' names without their descriptions: shorter streams")

@@ -10,12 +10,14 @@ import numpy as np
 
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.envs import Environment
-from openrlhf_gopo.evaluation.scripted import demonstrations
+from openrlhf_gopo.errors import DialogueError
+from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy
 from openrlhf_gopo.runtime.checks import gpus_needed
 from openrlhf_gopo.runtime.requests import build_policy, policy_spec
+from openrlhf_gopo.types import StopReason
 
-DIALOGUES = 64  # scripted dialogues whose streams are measured
+DIALOGUES = 64  # about as many scripted dialogues are measured
 SKILL = 0.5
 
 
@@ -56,7 +58,12 @@ def _batches(args: SimpleNamespace, config: GopoConfig, goals: int) -> list[str]
 def _streams(args: SimpleNamespace, config: GopoConfig) -> list[str]:
     """Stream lengths of scripted dialogues with the environment's own users: an endpoint is not asked for them."""
     env, policy = build_policy(replace(policy_spec(args, config), user=None))
-    played = [t for t in demonstrations(env, DIALOGUES, SKILL, args.train.seed) if t.turns]
+    train, script = env.goals("train"), ScriptedPolicy(SKILL, args.train.seed)
+    sample = train[:: max(len(train) // DIALOGUES, 1)]  # over all of them: longer goals may stand together
+    tried = [play(env, goal, 0, args.train.seed, script) for goal in sample]
+    played = [trajectory for trajectory in tried if trajectory.stop is not StopReason.FAILED]
+    if not played:
+        raise DialogueError(f"--gopo.env {config.env}: no scripted dialogue could be played: {tried[0].error}")
     lengths: dict[str, list[int]] = {role: [] for role in policy.roles}
     for trajectory in played:
         for role, stream in policy.replay(trajectory, env.catalogue(trajectory.goal)).items():
