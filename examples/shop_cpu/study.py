@@ -249,7 +249,9 @@ def plot(rows: list[dict], scripts: dict[str, float], path: Path) -> None:
         axes.plot([mean], [y], "D", color="#1e3a8a", markersize=7)
     for name, value in scripts.items():
         axes.axvline(value, color="#bbbbbb", linestyle=":", linewidth=1)
-        axes.text(value, len(names) - 0.4, f" {name}", fontsize=8, color="#666666")
+        axes.text(
+            value, len(names) - 0.4, f" {name} ", fontsize=8, color="#666666", ha="left" if value < 50 else "right"
+        )
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names))
     axes.set_xlabel("held-out TSE: warm start (bar), seeds (dots), mean with 95% interval over seeds (diamond)")
