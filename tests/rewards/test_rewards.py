@@ -185,10 +185,10 @@ def test_a_blank_reply_earns_nothing():
 
 @pytest.mark.parametrize("piece", ["a", "1", "1.", "1..1", "$", ".", "a1", "1,000", "1 "])
 def test_reading_values_takes_linear_time(piece):
-    """A customer may paste anything: 30,000 letters took many seconds when every position of a run was tried."""
+    """A customer may paste anything: 200,000 letters took minutes when every position of a run was tried."""
     start = time.perf_counter()
-    values(piece * (30_000 // len(piece)))
-    assert time.perf_counter() - start < 1
+    values(piece * (200_000 // len(piece)))
+    assert time.perf_counter() - start < 20
 
 
 @pytest.mark.parametrize(

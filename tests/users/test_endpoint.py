@@ -82,18 +82,18 @@ def test_waits_grow_between_tries(server, monkeypatch):
     ask(open_endpoint(server))
     waits = [b - a for a, b in zip(server.times, server.times[1:], strict=False)]
     for wait, least in zip(waits, (0.1, 0.2, 0.4), strict=True):
-        assert least <= wait < least + 1.0
+        assert least <= wait < least + 5.0
 
 
 def test_retry_after_is_kept(server):
     server.script.append(Reply(429, headers={"Retry-After": "1"}))
     ask(open_endpoint(server))
-    assert 1.0 <= server.times[1] - server.times[0] < 2.0
+    assert 1.0 <= server.times[1] - server.times[0] < 10.0
     server.script.append(Reply(429, headers={"Retry-After": "60"}))
     started = time.monotonic()
     with pytest.raises(DialogueError, match=r"429.* after 1 try;"):
-        ask(open_endpoint(server), seconds=3.0)  # no use waiting for it
-    assert time.monotonic() - started < 1.0
+        ask(open_endpoint(server), seconds=40.0)  # no use waiting for it
+    assert time.monotonic() - started < 20.0
 
 
 def test_tries_come_to_an_end(server):
@@ -131,15 +131,15 @@ def test_a_slow_server_is_asked_again_then_given_up(server):
     started = time.monotonic()
     with pytest.raises(DialogueError, match=r"ReadTimeout .* after [234] tries; --gopo\.llm\.timeout"):
         ask(open_endpoint(server, timeout=0.3, attempts=99), seconds=1.0)
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 15.0  # 99 tries would take 30
 
 
 def test_a_dripping_server_does_not_hold_the_line(server):
-    server.script.append(Reply(body=completion("x" * 200), drip=0.02))  # each byte is in time
+    server.script.append(Reply(body=completion("x" * 2000), drip=0.02))  # each byte is in time
     started = time.monotonic()
     with pytest.raises(DialogueError, match=r"no answer in --gopo\.llm\.timeout 0\.3 s after 1 try"):
         ask(open_endpoint(server, timeout=0.3, attempts=1))
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 20.0  # the whole answer takes 40
 
 
 def test_nobody_there(server):
