@@ -15,7 +15,12 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
 from openrlhf_gopo.config import EXPERT, GopoConfig
 from openrlhf_gopo.core.categorical import turn_of_actions
-from openrlhf_gopo.core.preference import action_weights, decision_advantages, preference_coefficients
+from openrlhf_gopo.core.preference import (
+    action_weights,
+    decision_advantages,
+    preference_coefficients,
+    trajectory_log_ratio,
+)
 from openrlhf_gopo.core.turn_level import gae, group_baseline, returns_to_go, unit_scale
 from openrlhf_gopo.runtime.samples import DialogueSample, to_experience
 
@@ -180,8 +185,8 @@ class ExpertExperienceMaker(GOPOExperienceMaker):
         pref = self.config.pref
         weights = torch.cat([action_weights(t, mode=pref.weights, discount=pref.discount) for t in batch.turns])
         owner = torch.repeat_interleave(torch.arange(len(batch.counts)), torch.tensor(batch.counts))
-        ratios = weights * self._log_ratios(experiences, batch)
-        log_ratios = torch.zeros(len(batch.counts), dtype=torch.float64).index_add(0, owner, ratios)
+        current, reference = self._logprobs(experiences, batch)
+        log_ratios = trajectory_log_ratio(current, reference, owner, weights, len(batch.counts))
         returns = torch.cat([e.rewards for e in experiences])
         coefficients, metrics = preference_coefficients(log_ratios, returns, batch.groups, **pref.loss_options)
         self.metrics |= metrics
@@ -207,8 +212,8 @@ class ExpertExperienceMaker(GOPOExperienceMaker):
         baselined = group_baseline(togo, counts, batch.groups, estimator="reinforce_baseline")
         return baselined[decision], togo[decision]
 
-    def _log_ratios(self, experiences: list[Experience], batch: Batch) -> torch.Tensor:
-        """log pi - log pi_ref of every decision of the batch, (N,): zero when the sampler is the reference."""
+    def _logprobs(self, experiences: list[Experience], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """log pi and log pi_ref of every action of the batch, (N,) each: equal when the sampler is the reference."""
         current = [row for e in experiences for row in e.action_log_probs]
         if self.config.pref.reference == "sampler":
             reference = current
@@ -218,7 +223,7 @@ class ExpertExperienceMaker(GOPOExperienceMaker):
             for experience, rows in zip(experiences, batches, strict=True):
                 experience.base_action_log_probs = rows
             reference = [row for rows in batches for row in rows]
-        return batch.gather(current) - batch.gather(reference)
+        return batch.gather(current), batch.gather(reference)
 
 
 def _spans(sample: DialogueSample, role: str) -> list[tuple[int, int]]:

@@ -205,26 +205,31 @@ def test_a_dry_run_tells_of_streams_that_would_not_fit(tokenizer, capsys) -> Non
 
 
 @pytest.mark.parametrize(
-    ("given", "gib"),
+    ("given", "states", "reference"),
     [
-        # 1 M parameters; GiB of bytes a rank: 2 of weights, 2 of gradients, 12 of the optimizer for each of them
-        ("--ds.zero_stage 0", 16),
-        ("--ds.zero_stage 2", 2 + (2 + 12) / 4),
-        ("--ds.zero_stage 3", 16 / 4),
-        ("--ds.zero_stage 3 --ds.adam_offload", (2 + 2) / 4),
+        # bytes a rank for each parameter: 2 of weights, 2 of gradients, 12 of the optimizer
+        ("--ds.zero_stage 0", 16, 2),
+        ("--ds.zero_stage 2", 2 + (2 + 12) / 4, 2),
+        ("--ds.zero_stage 3", 16 / 4, 2 / 4),
+        ("--ds.zero_stage 3 --ds.adam_offload", (2 + 2) / 4, 2 / 4),
     ],
 )
-def test_the_memory_estimate(given, gib, monkeypatch) -> None:
+def test_the_memory_estimate(given, states, reference, monkeypatch, tmp_path) -> None:
+    from transformers import LlamaConfig
+
     monkeypatch.setenv("OPENRLHF_GOPO_CPU", "0")
-    monkeypatch.setattr(dry_run, "parameters", lambda path: 2**30)
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 16}
+    LlamaConfig(vocab_size=32_000, num_hidden_layers=4, tie_word_embeddings=True, **shape).save_pretrained(tmp_path)
+    # embedding; 4 layers of attention, MLP and two norms; the last norm
+    count = 32_000 * 2048 + 4 * (4 * 2048**2 + 3 * 2048 * 8192 + 2 * 2048) + 2048
     ranks = ["--actor.num_gpus_per_node", 4, "--ref.num_gpus_per_node", 4, "--vllm.num_engines", 1]
-    args, config = train_gopo.parse(command(*ranks, *given.split()))
-    reference = 2 / (4 if "stage 3" in given else 1)
+    args, config = train_gopo.parse(command(*ranks, *given.split(), actor__model_name_or_path=tmp_path))
     expected = (
-        f"1,073.7 M parameters, ZeRO {given.split()[1]}, 4 rank(s): {gib:.2f} GiB a rank, reference {reference:.2f}"
+        f"{count / 1e6:,.1f} M parameters, ZeRO {given.split()[1]}, 4 rank(s): "
+        f"{states * count / 2**30:.2f} GiB a rank, reference {reference * count / 2**30:.2f} GiB a rank"
     )
     lines = dry_run._memory(args, config)
-    assert [line.split(": ", 1)[1] for line in lines[1:]] == [f"{expected} GiB a rank"] * 2
+    assert [line.split(": ", 1)[1] for line in lines[1:]] == [expected] * 2
 
 
 def test_parameters_are_counted_without_weights(tmp_path) -> None:
