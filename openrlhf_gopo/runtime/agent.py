@@ -15,6 +15,7 @@ from vllm import SamplingParams
 from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.rollout.dialogue import run_dialogue
 from openrlhf_gopo.rollout.engine import Generate, Generation, Sampling
+from openrlhf_gopo.rollout.sampled import SampledPolicy
 from openrlhf_gopo.runtime.requests import DialogueRequest, build_policy
 from openrlhf_gopo.types import StopReason, Trajectory
 
@@ -33,19 +34,14 @@ class AgentExecutor(AgentExecutorBase):
         images: Any = None,
     ) -> Trajectory:
         """One dialogue. A failed one is run again with the same seed, ``attempts`` times in all."""
-        env, policy = build_policy(label.spec)
+        env, prompting = build_policy(label.spec)
         responder = _local(llm_engine)
-        expert = responder if label.expert_engine is None else _remote(label.expert_engine)
+        expert = responder if label.expert_engine is None else remote(label.expert_engine)
+        policy = SampledPolicy(prompting, {EXPERT: expert, RESPONDER: responder}, label.limits)
         sample = label.claim()
         for attempt in range(label.attempts):
             trajectory = await run_dialogue(
-                env,
-                label.goal,
-                policy,
-                {EXPERT: expert, RESPONDER: responder},
-                label.limits,
-                sample=sample,
-                seed=label.dialogue_seed(sample),
+                env, label.goal, policy, label.limits, sample=sample, seed=label.dialogue_seed(sample)
             )
             if trajectory.stop is not StopReason.FAILED or attempt == label.attempts - 1:
                 break
@@ -60,26 +56,32 @@ def sampling_params(sampling: Sampling) -> SamplingParams:
         top_p=sampling.top_p,
         stop_token_ids=None if sampling.stop_token is None else [sampling.stop_token],
         allowed_token_ids=None if sampling.allowed is None else list(sampling.allowed),
-        logprobs=0,  # the sampled token's own, under the distribution it was drawn from (processed_logprobs)
+        # The sampled token's own, under the distribution it was drawn from (processed_logprobs), or all allowed ones.
+        logprobs=None if sampling.probabilities else 0,
+        logprob_token_ids=list(sampling.allowed) if sampling.probabilities and sampling.allowed else None,
         detokenize=False,
     )
 
 
-def _generation(output: Any) -> Generation:
+def _generation(output: Any, sampling: Sampling) -> Generation:
     completion = output.outputs[0]
     tokens = list(completion.token_ids)
-    return Generation(tokens, [float(lp[t].logprob) for t, lp in zip(tokens, completion.logprobs, strict=True)])
+    logprobs = [float(lp[t].logprob) for t, lp in zip(tokens, completion.logprobs, strict=True)]
+    asked = sampling.allowed if sampling.probabilities and sampling.allowed else ()
+    return Generation(tokens, logprobs, [float(completion.logprobs[0][t].logprob) for t in asked])
 
 
 def _local(engine: Any) -> Generate:
     async def generate(tokens: list[int], sampling: Sampling) -> Generation:
-        return _generation(await engine.generate(list(tokens), sampling_params(sampling)))
+        return _generation(await engine.generate(list(tokens), sampling_params(sampling)), sampling)
 
     return generate
 
 
-def _remote(engine: Any) -> Generate:
+def remote(engine: Any) -> Generate:
+    """``engine`` is a rollout actor in another process."""
+
     async def generate(tokens: list[int], sampling: Sampling) -> Generation:
-        return _generation(await engine.generate.remote(list(tokens), sampling_params(sampling)))
+        return _generation(await engine.generate.remote(list(tokens), sampling_params(sampling)), sampling)
 
     return generate

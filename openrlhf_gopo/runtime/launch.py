@@ -20,7 +20,7 @@ from ray.util.placement_group import placement_group
 from openrlhf_gopo import platform
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.rewards.joint import parse_weights
-from openrlhf_gopo.rollout.dialogue import Limits
+from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.runtime import agent
 from openrlhf_gopo.runtime.actors import RolePolicyActor, RoleReferenceActor
 from openrlhf_gopo.runtime.checks import gpus_needed
@@ -33,7 +33,7 @@ from openrlhf_gopo.types import Trajectory
 
 def rollout_spec(args: SimpleNamespace, config: GopoConfig) -> RolloutSpec:
     """What a dialogue needs, from the flags."""
-    limits = Limits(
+    limits = TokenLimits(
         max_len=args.data.max_len,
         max_turns=config.max_turns,
         reply_max_tokens=config.reply_max_tokens,

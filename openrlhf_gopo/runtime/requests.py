@@ -12,7 +12,7 @@ from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.envs import Environment, load_environment
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
-from openrlhf_gopo.rollout.dialogue import Limits
+from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.types import Goal
 from openrlhf_gopo.users import UserSpec
 
@@ -39,7 +39,7 @@ class DialogueRequest:
 
     goal: Goal
     spec: PolicySpec
-    limits: Limits
+    limits: TokenLimits
     seed: int
     common_random_numbers: bool
     attempts: int

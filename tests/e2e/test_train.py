@@ -6,6 +6,7 @@ weights and no other: that proves the sync of both roles, and that it happened w
 """
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,8 @@ PLAN_TOKENS = {"shop": 0, "star": 6}
 @pytest.fixture(scope="module", params=["shop", "star"])
 def trained(request, tmp_path_factory, train, tiny_model, star_data):
     out = tmp_path_factory.mktemp(request.param)
-    data = ["--gopo.data", star_data] if request.param == "star" else []
+    # STAR's longest goals (several tasks in one dialogue) need more room than a shop's.
+    data = ["--gopo.data", star_data, "--data.max_len", 4096] if request.param == "star" else []
     done = train(tiny_model, out, "--gopo.env", request.param, *data, *OBJECTIVES[request.param])
     return request.param, (str(star_data) if data else None), tiny_model, out, done
 
@@ -144,6 +146,18 @@ def test_every_choice_was_allowed_and_every_other_token_is_the_templates(trained
         assert expert.stream.allowed == dialogue.streams["expert"].allowed
         assert responder.stream.tokens == dialogue.streams["responder"].tokens
         assert responder.stream.spans == dialogue.streams["responder"].spans
+
+
+def test_evaluations_record_the_experts_probabilities(rollouts):
+    """Of all allowed strategies, from the distribution that it sampled from; rollouts do without."""
+    first, second, evaluated = rollouts
+    chosen = [turn for d in evaluated for turn in d.turns if not turn.forced]
+    assert chosen
+    for turn in chosen:
+        assert tuple(turn.probabilities) == turn.allowed
+        assert sum(turn.probabilities.values()) == pytest.approx(1.0, abs=1e-3)
+        assert turn.probabilities[turn.strategy] == pytest.approx(math.exp(turn.expert_logprob), rel=1e-4)
+    assert not any(turn.probabilities for d in (*first, *second) for turn in d.turns)
 
 
 def spans_of(stream) -> list[list[int]]:
