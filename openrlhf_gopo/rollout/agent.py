@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.envs.base import Dialogue
 from openrlhf_gopo.types import Goal, Strategy, Stream, Turn
 
@@ -83,3 +84,18 @@ class Policy(Protocol):
 
     def open(self, case: Case) -> Agent:
         """The agent of one dialogue."""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The expert of one policy with the responder of another."""
+
+    expert: Policy
+    responder: Policy
+
+    def open(self, case: Case) -> Agent:
+        """Of the streams, those that these halves grow."""
+        deciding, writing = self.expert.open(case), self.responder.open(case)
+        halves = ((deciding, EXPERT), (writing, RESPONDER))
+        streams = {role: agent.streams[role] for agent, role in halves if role in agent.streams}
+        return Agent(deciding.expert, writing.responder, streams)

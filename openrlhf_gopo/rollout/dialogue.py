@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,11 @@ class Limits:
 
     max_turns: int | None = None
     user_timeout: float = 60.0
+
+
+def dialogue_seed(seed: int, goal: Goal, sample: int) -> int:
+    """The user simulator's seed in dialogue ``sample`` about ``goal`` of a run with ``seed``."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{goal.id}:{sample}".encode()).digest()[:6], "big")
 
 
 async def run_dialogue(

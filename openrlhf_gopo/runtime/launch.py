@@ -48,7 +48,7 @@ def rollout_spec(args: SimpleNamespace, config: GopoConfig) -> RolloutSpec:
 def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str, list[Trajectory]]:
     """Build both roles, train them, save them; returns the held-out dialogues before and after."""
     clock = [psutil.Process().create_time(), time.time()]
-    init_ray(args, config)
+    init_ray(gpus_needed(args, config), config.worker_logs)
     clock.append(time.time())
     roles = make_roles(args, config)
     place(roles, args, config)
@@ -72,10 +72,10 @@ def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str,
     return phases
 
 
-def init_ray(args: SimpleNamespace, config: GopoConfig) -> None:
+def init_ray(gpus: int, worker_logs: bool = False) -> None:
     """Connect to the running cluster or start a local one, with upstream's environment variables.
 
-    Without a GPU the local cluster gets as many logical ones as the groups will ask for.
+    ``gpus``: how many the groups will ask for; without a GPU the local cluster gets as many logical ones.
     """
     if ray.is_initialized():
         return
@@ -89,17 +89,16 @@ def init_ray(args: SimpleNamespace, config: GopoConfig) -> None:
     }
     runtime_env: dict[str, Any] = {"env_vars": env_vars}
     if not platform.is_cpu():
-        ray.init(runtime_env=runtime_env, log_to_driver=config.worker_logs)
+        ray.init(runtime_env=runtime_env, log_to_driver=worker_logs)
         return
     cpu = platform.ray_runtime_env()
     cpu["env_vars"] = {**env_vars, **cpu["env_vars"]}
-    gpus = gpus_needed(args, config)
     ray.init(
         num_gpus=gpus,
         num_cpus=max(16, 2 * gpus),
         include_dashboard=False,
         runtime_env=cpu,
-        log_to_driver=config.worker_logs,
+        log_to_driver=worker_logs,
     )
 
 
@@ -124,7 +123,7 @@ def _place_role(role: Role, everything: Any, *, policies: int) -> None:
     # Upstream gives each of actor, reference, critic and engine a fifth of a GPU; two policies share that one GPU.
     share = (0.2 if policies == 1 else 0.1) if everything else (0.2 if together else 1)
     copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
-    role.engines = _engines(args, everything)
+    role.engines = engines(args, args.actor.model_name_or_path, everything)
 
     def group(where: SimpleNamespace, actor_class: Any, bundle: Any, part: float) -> RayActorGroup:
         return RayActorGroup(
@@ -150,12 +149,15 @@ def _placement(where: SimpleNamespace) -> Any:
     return bundle
 
 
-def _engines(args: SimpleNamespace, everything: Any) -> list:
-    """vLLM rollout actors that can host dialogues; log-probabilities are those of the distribution sampled from."""
+def engines(args: SimpleNamespace, model: str, everything: Any = None) -> list:
+    """``model`` in vLLM rollout actors that can host dialogues.
+
+    Log-probabilities are those of the distribution that was sampled from.
+    """
     return create_vllm_engines(
         args.vllm.num_engines,
         args.vllm.tensor_parallel_size,
-        args.actor.model_name_or_path,
+        model,
         args.train.seed,
         args.train.full_determinism_enable,
         args.vllm.enable_prefix_caching,
