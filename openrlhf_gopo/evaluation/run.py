@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Job:
 async def evaluate(
     env: Environment,
     jobs: Sequence[Job],
-    policy: Policy,
+    build: Callable[[], Policy],
     limits: Limits,
     path: Path,
     *,
@@ -54,6 +54,7 @@ async def evaluate(
 ) -> list[Trajectory]:
     """Play what ``path`` does not hold yet, and append it there; returns one trajectory per job, in their order.
 
+    ``build`` makes the policy, which may start engines: it is called only when there is something to play.
     A failing dialogue is played ``attempts`` times; failed ones that ``path`` holds are played again.
 
     Raises:
@@ -62,6 +63,9 @@ async def evaluate(
     """
     kept = {_key(t): t for t in _resume(path) if t.stop is not StopReason.FAILED}
     missing = [job for job in jobs if job.key not in kept]
+    if not missing:
+        return [kept[job.key] for job in jobs]
+    policy = build()
     todo, causes, played = iter(missing), Counter[str](), 0
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=label, unit="dialogue", dynamic_ncols=True)
 

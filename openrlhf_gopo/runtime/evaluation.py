@@ -93,7 +93,7 @@ class Evaluation:
         played = evaluate(
             self.env,
             jobs,
-            self._policy(contender, limits),
+            lambda: self._policy(contender, limits),
             limits,
             folder / "trajectories.jsonl",
             concurrency=self.args.concurrency,

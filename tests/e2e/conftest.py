@@ -36,6 +36,12 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def python():
+    """Python with the given arguments as a function; its output goes into the assertion when it fails."""
+    return run
+
+
+@pytest.fixture(scope="session")
 def train():
     """The training command as a function of (model, output folder, further flags)."""
     return _train
