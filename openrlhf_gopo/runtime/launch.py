@@ -106,7 +106,7 @@ def place(roles: dict[str, Role], args: SimpleNamespace, config: GopoConfig) -> 
     """Create groups and engines with upstream's placement: separate, actor with reference, or everything together."""
     everything = None
     if args.train.colocate_all:
-        everything = _placement(args.actor)
+        everything = placement(args.actor.num_nodes * args.actor.num_gpus_per_node)
     if not config.own_expert:
         only = roles[RESPONDER]
         _place_role(only, everything, policies=1)
@@ -119,7 +119,8 @@ def place(roles: dict[str, Role], args: SimpleNamespace, config: GopoConfig) -> 
 
 def _place_role(role: Role, everything: Any, *, policies: int) -> None:
     args = role.args
-    together = everything or (_placement(args.actor) if args.train.colocate_actor_ref else None)
+    ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
+    together = everything or (placement(ranks) if args.train.colocate_actor_ref else None)
     # Upstream gives each of actor, reference, critic and engine a fifth of a GPU; two policies share that one GPU.
     share = (0.2 if policies == 1 else 0.1) if everything else (0.2 if together else 1)
     copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
@@ -142,8 +143,9 @@ def _place_role(role: Role, everything: Any, *, policies: int) -> None:
         role.critic = group(args.critic, CriticModelActor, everything, share if everything else 1)
 
 
-def _placement(where: SimpleNamespace) -> Any:
-    bundles = [{"GPU": 1, "CPU": 1} for _ in range(where.num_nodes * where.num_gpus_per_node)]
+def placement(gpus: int) -> Any:
+    """A placement group of as many bundles of one GPU, ready."""
+    bundles = [{"GPU": 1, "CPU": 1} for _ in range(gpus)]
     bundle = placement_group(bundles, strategy="PACK")
     ray.get(bundle.ready())
     return bundle
