@@ -16,9 +16,13 @@ News = tuple[str, bool]  # phase, and whether it came out as the user wished
 
 
 def outcome_ids(script: Script, manual: Manual) -> list[str]:
-    """The outcome subgoals: of every phase of every task that a round of ``script`` belongs to."""
-    tasks = {_task(current.result[0]) for current in script.rounds}
-    return [f"outcome:{phase}" for phase in manual.queries if _task(phase) in tasks]
+    """The outcome subgoals: of every phase of every task that a round of ``script`` belongs to.
+
+    Where later rounds were cut from the goal, phases that only those had are cut too.
+    """
+    phases = {current.result[0] for current in script.rounds}
+    tasks = {_task(phase) for phase in phases}
+    return [f"outcome:{p}" for p in manual.queries if p in phases or (_task(p) in tasks and not script.cut)]
 
 
 def of_rounds(script: Script) -> list[News]:
