@@ -3,8 +3,7 @@
 One goal is one human dialogue, over one task or over several that one wizard served. The agent asks for the slots that
 a task's API needs, queries, reports what the tool returned to this dialogue's wizard, perhaps several times as the user
 changes their mind or the subject, and says goodbye. The user's words come from ``users/replay.py``; the procedure from
-``star_sop.py``, and from ``star_several.py`` for several tasks, which are open in the order in which the human turned to
-them.
+``star_sop.py``, and from ``star_several.py`` for several tasks, open in the order in which the human turned to them.
 
 A goal succeeds when everything that its human wizard found out and reported was found out and reported, and it is what
 the user wanted (``star_outcome.py``). Where the human's tool refused it refuses everyone: such a goal cannot succeed,
