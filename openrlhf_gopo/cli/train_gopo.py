@@ -16,13 +16,22 @@ from types import SimpleNamespace
 from typing import NoReturn
 
 from openrlhf_gopo import platform
-from openrlhf_gopo.config import GopoConfig, LlmConfig, PreferenceConfig, default, flags, from_flags
+from openrlhf_gopo.config import (
+    GopoConfig,
+    JudgeConfig,
+    LlmConfig,
+    PreferenceConfig,
+    default,
+    flags,
+    from_flags,
+)
 from openrlhf_gopo.errors import ConfigError, GopoError
 
 SECTIONS = {
     "gopo": "this project's: environment, rollout, rewards, evaluation",
     "gopo.pref": "the expert's trajectory-level preference loss",
     "gopo.llm": "the endpoint of --gopo.user llm:MODEL@URL",
+    "gopo.judge": "the endpoint of --gopo.reward judge:MODEL@URL, and its rubric",
     "expert": "the expert; every flag defaults to the value of --actor.*",
     "actor": "the responder (OpenRLHF's actor)",
     "ref": "reference models, one per role",
@@ -64,7 +73,8 @@ def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     groups = {name: parser.add_argument_group(f"{name}.*", text) for name, text in SECTIONS.items()}
     other = parser.add_argument_group("other")
-    for cls, prefix in ((GopoConfig, "gopo"), (PreferenceConfig, "gopo.pref"), (LlmConfig, "gopo.llm")):
+    prefixes = {PreferenceConfig: "gopo.pref", LlmConfig: LlmConfig.prefix, JudgeConfig: JudgeConfig.prefix}
+    for cls, prefix in {GopoConfig: "gopo", **prefixes}.items():
         for f in flags(cls):
             name, meta = f"--{prefix}.{f.name}", f.metadata
             if meta["kind"] is bool:

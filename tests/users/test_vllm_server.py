@@ -26,7 +26,8 @@ from openrlhf_gopo.rollout.dialogue import Limits, run_dialogue
 from openrlhf_gopo.types import StopReason
 from openrlhf_gopo.users import UserSpec
 
-from .conftest import ROOT, Engine
+from ..conftest import ROOT
+from ..engine import Engine
 
 pytestmark = [
     pytest.mark.slow,
