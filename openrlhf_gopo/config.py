@@ -136,7 +136,7 @@ class JudgeConfig(LlmConfig):
     timeout: float = flag(25.0, "seconds of one request; all tries together stay below --gopo.reward_timeout")
     cache: str = flag(None, "SQLite file that keeps every answer: equal transcripts cost one request", kind=str)
     rubric: str = flag(
-        None, "text file with what the judge scores; default: rewards/rubric.txt of this package", kind=str
+        None, "text file that says what earns which score; default: RUBRIC of openrlhf_gopo/rewards/judge.py", kind=str
     )
 
 
@@ -307,7 +307,7 @@ def from_flags(values: Mapping[str, Any]) -> GopoConfig:
     Raises:
         ConfigError: a value is out of range.
     """
-    nested = {
+    nested: dict[str, Any] = {
         name: cls(**{f.name: values[f"gopo.{name}.{f.name}"] for f in flags(cls)})
         for name, cls in (("pref", PreferenceConfig), ("llm", LlmConfig), ("judge", JudgeConfig))
     }

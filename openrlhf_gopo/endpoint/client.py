@@ -71,8 +71,8 @@ class Endpoint:
         self._cache = Cache(config.cache, f"{self.settings}.cache")
         self._lock = threading.Lock()
         self._free = threading.BoundedSemaphore(config.concurrency)
-        tried = f"{self.settings}.timeout and {self.settings}.attempts"
-        self._poster = Poster(self.flag, config.timeout, config.attempts, tried, config.concurrency)
+        remedy = f"{self.settings}.timeout and {self.settings}.attempts say how long it is tried"
+        self._poster = Poster(self.flag, config.timeout, config.attempts, remedy, config.concurrency)
         self._key()
 
     @classmethod

@@ -30,11 +30,11 @@ class Poster:
 
     Args:
         timeout: seconds of one try. attempts: tries of a request that meets 429, 5xx, a timeout or a broken connection.
-        settings: the flags of both, for messages. connections: at once; None: any number.
+        remedy: how to allow it more, for messages. connections: at once; None: any number.
     """
 
-    def __init__(self, flag: str, timeout: float, attempts: int, settings: str, connections: int | None = None) -> None:
-        self.flag, self.timeout, self.attempts, self.settings = flag, timeout, attempts, settings
+    def __init__(self, flag: str, timeout: float, attempts: int, remedy: str, connections: int | None = None) -> None:
+        self.flag, self.timeout, self.attempts, self.remedy = flag, timeout, attempts, remedy
         self._client = httpx.Client(limits=httpx.Limits(max_connections=connections))
         self._backoff = tenacity.wait_random_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT)
 
@@ -77,7 +77,7 @@ class Poster:
         except _Transient as error:
             tries = retrying.statistics["attempt_number"]
             problem = f"{error} after {tries} {'try' if tries == 1 else 'tries'}"
-        raise DialogueError(f"{self.flag}: {problem}; {self.settings} say how long it is tried")
+        raise DialogueError(f"{self.flag}: {problem}; {self.remedy}")
 
     def _send(self, url: str, body: Mapping[str, Any], end: float, key: str, hints: Mapping[int, str]) -> bytes:
         try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from openrlhf_gopo.envs.base import Dialogue, Environment
 from openrlhf_gopo.errors import ConfigError, DialogueError
-from openrlhf_gopo.rewards import joint
+from openrlhf_gopo.rewards.custom import Rewards
 from openrlhf_gopo.types import Goal, StopReason, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,9 @@ class ScriptedPolicy:
         return dialogue.reference_reply(rng.choice(others) if slipped else strategy)
 
 
-def play(env: Environment, goal: Goal, sample: int, seed: int, policy: ScriptedPolicy) -> Trajectory:
+def play(
+    env: Environment, goal: Goal, sample: int, seed: int, policy: ScriptedPolicy, rewards: Rewards | None = None
+) -> Trajectory:
     """One scored dialogue without streams; ``seed`` is the user simulator's.
 
     An environment or reward that raises quarantines this trajectory alone: stop ``FAILED``, with ``error`` set.
@@ -70,7 +72,7 @@ def play(env: Environment, goal: Goal, sample: int, seed: int, policy: ScriptedP
     rng = random.Random(f"{policy.seed}/{goal.id}/{sample}/{seed}")
     try:
         trajectory.stop = _converse(env, trajectory, policy, rng)
-        trajectory.rewards = dict(joint.score(trajectory))
+        trajectory.rewards = (rewards or Rewards()).score(trajectory)
     except Exception as error:  # whatever an environment raises must not end the evaluation of the others
         logger.warning("goal %s, sample %d failed: %r", goal.id, sample, error)
         trajectory.stop, trajectory.rewards = StopReason.FAILED, {}

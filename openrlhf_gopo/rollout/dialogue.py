@@ -16,6 +16,7 @@ from openrlhf_gopo.envs.base import Dialogue, Environment
 from openrlhf_gopo.errors import DialogueError, StreamError
 from openrlhf_gopo.policy import prompts
 from openrlhf_gopo.policy.two_level import StreamBuilder, TwoLevelPolicy
+from openrlhf_gopo.rewards.custom import Rewards
 from openrlhf_gopo.rewards.joint import score
 from openrlhf_gopo.rollout.engine import Generate, Sampling
 from openrlhf_gopo.types import Goal, Outcome, StopReason, Strategy, Trajectory, Turn
@@ -24,6 +25,9 @@ T = TypeVar("T")
 
 # Environments that may block run here, one thread per waiting dialogue, so that no engine's event loop waits.
 _THREADS = ThreadPoolExecutor(max_workers=256, thread_name_prefix="gopo-env")
+
+
+BUILT_IN = Rewards()  # no reward beyond the built-in ones
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ async def run_dialogue(
     *,
     sample: int = 0,
     seed: int = 0,
+    rewards: Rewards = BUILT_IN,
 ) -> Trajectory:
     """Play ``goal`` to its end and score it.
 
@@ -63,7 +68,9 @@ async def run_dialogue(
     run = _Run(env, goal, policy, generate, limits, sample, seed)
     try:
         await run.play()
-        run.trajectory.rewards = await run.call(lambda: score(run.trajectory))
+        scores = await run.call(lambda: score(run.trajectory))
+        with run.blame():
+            run.trajectory.rewards = scores | await rewards.score_further(run.trajectory)
     except (DialogueError, StreamError):
         run.trajectory.stop = StopReason.FAILED
         run.trajectory.error = traceback.format_exc()
@@ -89,7 +96,7 @@ class _Run:
     async def play(self) -> None:
         await self._open()
         dialogue = await self.call(lambda: self.env.start(self.goal, self.trajectory.seed))
-        with self._blame():
+        with self.blame():
             self.trajectory.user, observation = dialogue.user, dialogue.opening
             turns = self.limits.max_turns or self.env.turn_limit(self.goal)
             self._check_allowed(observation.allowed)
@@ -101,14 +108,14 @@ class _Run:
                 return
             turn = Turn(user=observation.user, allowed=observation.allowed, strategy="", reply="")
             turn.relevance = await self.call(dialogue.relevance)
-            with self._blame():
+            with self.blame():
                 self._check_relevance(turn.relevance)
             await self._decide(turn, asked)
             if not await self._reply(turn, dialogue):
                 self.trajectory.stop = StopReason.MAX_TOKENS
                 return
             outcome = await self.call(partial(dialogue.step, turn.strategy, turn.reply))
-            with self._blame():
+            with self.blame():
                 self._record(turn, outcome)
             if outcome.stop is not None:
                 self.trajectory.stop = outcome.stop
@@ -119,7 +126,7 @@ class _Run:
 
     async def _open(self) -> None:
         catalogue = await self.call(lambda: list(self.env.catalogue(self.goal)))
-        with self._blame():
+        with self.blame():
             self.catalogue: dict[str, Strategy] = {s.id: s for s in catalogue}
             self.label_ids = self.policy.label_ids(catalogue)
             self.expert, self.responder = self.policy.streams(self.goal, catalogue)
@@ -128,7 +135,7 @@ class _Run:
 
     async def call(self, fn: Callable[[], T]) -> T:
         """Call into the environment or a reward; whatever goes wrong there is a ``DialogueError``."""
-        with self._blame():
+        with self.blame():
             if not self.env.blocking:
                 return fn()
             pending = asyncio.get_running_loop().run_in_executor(_THREADS, fn)
@@ -140,7 +147,7 @@ class _Run:
                 raise
 
     @contextmanager
-    def _blame(self) -> Iterator[None]:
+    def blame(self) -> Iterator[None]:
         """Make whatever is raised inside a ``DialogueError`` of this environment and goal."""
         try:
             yield

@@ -9,6 +9,7 @@ from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.envs import Environment
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy
+from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rewards.joint import parse_weights
 
 
@@ -18,8 +19,12 @@ def check_flags(args: SimpleNamespace, config: GopoConfig) -> None:
     Raises:
         ConfigError: the first one found.
     """
-    parse_weights(config.expert_reward)
-    parse_weights(config.responder_reward)
+    metrics = load_rewards(RewardSpec.of(config)).metrics
+    for flag in ("expert_reward", "responder_reward"):
+        try:
+            parse_weights(getattr(config, flag), metrics)
+        except ConfigError as error:
+            raise ConfigError(f"--gopo.{flag}: {error}") from error
     _check_supported(args, config)
     _check_lora(args)
     _check_placement(args, config)
