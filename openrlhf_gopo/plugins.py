@@ -1,4 +1,4 @@
-"""What a flag names: something built in, an entry point of another package, or ``path/to/file.py:Name``. Stdlib only."""
+"""What a flag names: built in, an entry point of another package, or ``path/to/file.py:Name``. Stdlib only."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ MIDDLE = ["sop", "endpoint", "envs", "users", "policy", "rollout", "rewards", "e
 FORBIDDEN = {
     "types": [*STACK, *TORCH, *OTHERS, *HIGH],
     "config": [*STACK, *TORCH, *OTHERS, *HIGH],
+    "config_llm": [*STACK, *TORCH, *OTHERS, *HIGH],
     "flag": [*STACK, *TORCH, *OTHERS, *HIGH],
     "errors": [*STACK, *TORCH, *OTHERS, *HIGH],
     "plugins": [*STACK, *TORCH, *OTHERS, *HIGH],
