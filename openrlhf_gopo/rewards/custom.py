@@ -39,7 +39,14 @@ from openrlhf_gopo.types import Trajectory
 FLAG = "--gopo.reward"
 ENTRY_POINTS = "openrlhf_gopo.rewards"
 OTHERS = ("judge:MODEL@URL", "remote:URL")
-RESERVED = (*METRICS, "engagement", "failures", "bleu", "chrf")  # what summaries and logs measure themselves
+RESERVED = (
+    *METRICS,
+    "engagement",
+    "failures",
+    "bleu",
+    "chrf",
+    "referenced",
+)  # what summaries and logs measure themselves
 
 
 @dataclass(frozen=True)
