@@ -138,7 +138,11 @@ class Rewards:
         """The metrics of ``further`` alone, waited for without holding up the event loop; see ``score``."""
         pending = self._start(trajectory)
         if pending:
-            await asyncio.wait([asyncio.wrap_future(future) for future in pending], timeout=self.timeout)
+            done, late = await asyncio.wait(map(asyncio.wrap_future, pending), timeout=self.timeout)
+            for wrapped in late:
+                wrapped.cancel()
+            for wrapped in done:
+                wrapped.exception()  # asyncio logs an error that nobody looked at; it is raised from ``pending``
         return self._collect(trajectory, pending)
 
     def _start(self, trajectory: Trajectory) -> list[Future[dict[str, float]]]:
