@@ -1,4 +1,4 @@
-"""The LLM user and the judge against vLLM's own OpenAI server, with an untrained model: it says noise, all else is real."""
+"""The LLM user and the judge against vLLM's own OpenAI server. Its untrained model says noise, the rest is real."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from openrlhf_gopo import platform
 from openrlhf_gopo.config import JudgeConfig, LlmConfig
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.errors import DialogueError
-from openrlhf_gopo.rewards.custom import Rewards, RewardSpec, load_rewards
+from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rollout.dialogue import Limits, run_dialogue
 from openrlhf_gopo.types import StopReason
 from openrlhf_gopo.users import UserSpec
@@ -156,7 +156,7 @@ def test_the_servers_errors_reach_the_user(served, policy, monkeypatch):
         env.start(env.goals("train")[0], 0)
 
 
-def judged(served, policy, samples, **settings) -> tuple[list, Rewards]:
+def judged(served, policy, samples, **settings):
     """Dialogues with the shop's own customers, scored by the served model."""
     rewards = load_rewards(RewardSpec(served.judge, JudgeConfig(**settings), 60.0))
     env = load_environment("shop")
@@ -166,13 +166,13 @@ def judged(served, policy, samples, **settings) -> tuple[list, Rewards]:
         generate = Engine(policy).generators()
         return await asyncio.gather(*(run_dialogue(env, g, policy, generate, LIMITS, rewards=rewards) for g in goals))
 
-    return asyncio.run(all_of_them()), rewards
+    return asyncio.run(all_of_them())
 
 
 def test_an_untrained_model_is_no_judge(served, policy, monkeypatch):
     """Its noise is never taken for a score: every dialogue is quarantined, and says why."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    played, _ = judged(served, policy, 3, max_new_tokens=40)
+    played = judged(served, policy, 3, max_new_tokens=40)
     for trajectory in played:
         assert (trajectory.stop, trajectory.rewards) == (StopReason.FAILED, {})
         why = r"--gopo\.reward judge:tiny@.*: 3 answers were no verdict, the last is (cut at|not the JSON asked for)"
@@ -184,18 +184,13 @@ def test_a_server_that_holds_the_model_to_the_form_gives_verdicts(served, policy
     """vLLM's structured output by --gopo.judge.extra_body; equal seeds, temperature 0: the same verdicts again."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     properties = {"score": {"enum": list(range(11))}, "reason": {"enum": ["good", "bad"]}}
-    schema = {
-        "type": "object",
-        "properties": properties,
-        "required": ["score", "reason"],
-        "additionalProperties": False,
-    }
+    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
     form = {"response_format": {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema}}}
     cache = str(tmp_path / "verdicts.sqlite")
-    played, rewards = judged(served, policy, 3, extra_body=json.dumps(form), cache=cache)
+    played = judged(served, policy, 3, extra_body=json.dumps(form), cache=cache)
     assert [trajectory.error for trajectory in played] == [None] * 3
     scores = [trajectory.rewards["judge"] for trajectory in played]
     assert all(score in [s / 10 for s in range(11)] for score in scores)
     load_rewards.cache_clear()
-    again, _ = judged(served, policy, 3, extra_body=json.dumps(form), cache=cache)
+    again = judged(served, policy, 3, extra_body=json.dumps(form), cache=cache)
     assert [trajectory.rewards["judge"] for trajectory in again] == scores
