@@ -91,8 +91,8 @@ class Reward:
         """
         try:
             found = self._function(trajectory)
-        except Exception as error:
-            if str(error).startswith(self.flag):  # a judge or server has said it all
+        except (Exception, SystemExit) as error:
+            if isinstance(error, DialogueError) and str(error).startswith(self.flag):  # a judge's or server's own
                 raise
             raise DialogueError(f"{self.flag}: {type(error).__name__}: {error}") from error
         if not self._several:

@@ -69,7 +69,7 @@ async def run_dialogue(
     try:
         await run.play()
         scores = await run.call(lambda: score(run.trajectory))
-        with run.blame():
+        with run._blame():
             run.trajectory.rewards = scores | await rewards.score_further(run.trajectory)
     except (DialogueError, StreamError):
         run.trajectory.stop = StopReason.FAILED
@@ -96,7 +96,7 @@ class _Run:
     async def play(self) -> None:
         await self._open()
         dialogue = await self.call(lambda: self.env.start(self.goal, self.trajectory.seed))
-        with self.blame():
+        with self._blame():
             self.trajectory.user, observation = dialogue.user, dialogue.opening
             turns = self.limits.max_turns or self.env.turn_limit(self.goal)
             self._check_allowed(observation.allowed)
@@ -108,14 +108,14 @@ class _Run:
                 return
             turn = Turn(user=observation.user, allowed=observation.allowed, strategy="", reply="")
             turn.relevance = await self.call(dialogue.relevance)
-            with self.blame():
+            with self._blame():
                 self._check_relevance(turn.relevance)
             await self._decide(turn, asked)
             if not await self._reply(turn, dialogue):
                 self.trajectory.stop = StopReason.MAX_TOKENS
                 return
             outcome = await self.call(partial(dialogue.step, turn.strategy, turn.reply))
-            with self.blame():
+            with self._blame():
                 self._record(turn, outcome)
             if outcome.stop is not None:
                 self.trajectory.stop = outcome.stop
@@ -126,7 +126,7 @@ class _Run:
 
     async def _open(self) -> None:
         catalogue = await self.call(lambda: list(self.env.catalogue(self.goal)))
-        with self.blame():
+        with self._blame():
             self.catalogue: dict[str, Strategy] = {s.id: s for s in catalogue}
             self.label_ids = self.policy.label_ids(catalogue)
             self.expert, self.responder = self.policy.streams(self.goal, catalogue)
@@ -135,7 +135,7 @@ class _Run:
 
     async def call(self, fn: Callable[[], T]) -> T:
         """Call into the environment or a reward; whatever goes wrong there is a ``DialogueError``."""
-        with self.blame():
+        with self._blame():
             if not self.env.blocking:
                 return fn()
             pending = asyncio.get_running_loop().run_in_executor(_THREADS, fn)
@@ -147,7 +147,7 @@ class _Run:
                 raise
 
     @contextmanager
-    def blame(self) -> Iterator[None]:
+    def _blame(self) -> Iterator[None]:
         """Make whatever is raised inside a ``DialogueError`` of this environment and goal."""
         try:
             yield

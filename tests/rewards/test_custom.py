@@ -171,6 +171,11 @@ def test_what_a_reward_raises_names_it():
         Rewards([Reward("my.py:broken", "broken", broken)]).score(DIALOGUE)
 
 
+def test_a_reward_cannot_end_the_process():
+    with pytest.raises(DialogueError, match=r"^--gopo\.reward quits: SystemExit: 3"):
+        asyncio.run(Rewards([Reward("quits", "quits", lambda trajectory: sys.exit(3))]).score_further(DIALOGUE))
+
+
 @pytest.mark.parametrize("awaited", [False, True])
 def test_one_that_hangs_is_left_behind(awaited):
     free = threading.Event()
