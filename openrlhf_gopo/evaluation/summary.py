@@ -16,7 +16,7 @@ import numpy as np
 from openrlhf_gopo.types import StopReason, Trajectory
 
 RESAMPLES = 2000
-MAX_SLICE_VALUES = 12  # a persona key with more values than this (a continuous one) gives no useful slices
+MAX_SLICE_VALUES = 12  # a persona key with more values than this gives no useful slices
 
 
 @dataclass(frozen=True)
@@ -144,23 +144,27 @@ def slices(trajectories: Sequence[Trajectory]) -> dict[str, list[Trajectory]]:
     """Group dialogues by task (``intent: ...``), user simulator (``user: ...``) where there is more than one, each
     persona trait (``persona key: value``), all sorted by name, and length (``length: 5-8 turns``), shortest first.
 
-    Persona keys with more than ``MAX_SLICE_VALUES`` different values are left out. Length is the number of turns that
+    Persona keys with fractions among their values, or more than ``MAX_SLICE_VALUES`` values, are left out. Length is the number of turns that
     the dialogue took: unlike the others it is a result of the policy, so the dialogues of one goal may fall into
     several of its slices, and those that failed, cut off anywhere, fall into none.
     """
     groups: dict[str, dict[str, list[Trajectory]]] = defaultdict(lambda: defaultdict(list))
     lengths: dict[int, list[Trajectory]] = defaultdict(list)
+    continuous = set()
     for trajectory in trajectories:
         groups["intent"][f"intent: {trajectory.goal.intent}"].append(trajectory)
         if trajectory.user:
             groups["user"][f"user: {trajectory.user}"].append(trajectory)
         for key, value in trajectory.goal.persona.items():
             groups[f"persona {key}"][f"persona {key}: {value}"].append(trajectory)
+            if isinstance(value, float) and not value.is_integer():
+                continuous.add(f"persona {key}")
         if trajectory.turns and trajectory.stop is not StopReason.FAILED:
             lengths[(len(trajectory.turns) - 1).bit_length()].append(trajectory)
     if len(groups["user"]) == 1:
         del groups["user"]
-    kept = (group for key, group in groups.items() if key == "intent" or len(group) <= MAX_SLICE_VALUES)
+    large = {key for key, group in groups.items() if key != "intent" and len(group) > MAX_SLICE_VALUES}
+    kept = (group for key, group in groups.items() if key not in large | continuous)
     found = {name: members for group in kept for name, members in sorted(group.items())}
     return found | {f"length: {_turns(power)}": members for power, members in sorted(lengths.items())}
 

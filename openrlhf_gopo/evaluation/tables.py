@@ -56,7 +56,7 @@ class Table:
         differences, refused = compare(results)
         notes = ["Mean over goals [95% bootstrap interval over goals]. Failed dialogues are counted and enter no metric."]
         if differences:
-            family = f", Holm-corrected for {len(differences)} policies" if len(differences) > 1 else ""
+            family = f", Holm-corrected over the {len(differences)} policies compared" if len(differences) > 1 else ""
             notes.append(
                 "Differences are paired over the goals shared; "
                 f"p: two-sided sign-flip test of the mean difference over goals{family}."
@@ -141,13 +141,14 @@ def cell(interval: Interval | None, metric: str, p: float | None = None) -> str:
 
 
 def slice_grid(phases: Phases) -> Grid:
-    """The main metrics of each slice, per policy."""
+    """The main metrics of each slice, with a row for every policy that has dialogues in it."""
     groups = {name: slices(trajectories) for name, trajectories in phases.items()}
-    names = dict.fromkeys(name for by_slice in groups.values() for name in by_slice)
     cells = []
-    for name in names:
+    for name in slices([trajectory for trajectories in phases.values() for trajectory in trajectories]):
         for phase, by_slice in groups.items():
-            summary = summarise(by_slice.get(name, []))
+            if name not in by_slice:
+                continue
+            summary = summarise(by_slice[name])
             values = (cell(summary.metrics.get(metric), metric) for metric in SLICE_METRICS)
             cells.append([name, phase, str(summary.goals), str(summary.dialogues), *values])
     return ["slice", "policy", "goals", "dialogues", *map(title, SLICE_METRICS)], cells

@@ -20,7 +20,7 @@ async function openIndex() {
   INDEX.dialogues = INDEX.dialogues.map(([policy, goal, sample, stop, tse, used], at) => ({
     at, policy, goal: INDEX.goals[goal][0], intent: INDEX.goals[goal][1], sample, stop: INDEX.stops[stop], tse, used,
   }));
-  INDEX.byGoal = Map.groupBy ? Map.groupBy(INDEX.dialogues, (d) => d.goal) : grouped(INDEX.dialogues);
+  INDEX.byGoal = grouped(INDEX.dialogues);
 }
 
 function grouped(dialogues) {

@@ -79,7 +79,7 @@ function choice(turn) {
   head.append(named(turn, turn.strategy, "chip chosen"), make("span", "fact", fact));
   view.append(head);
   if (Object.keys(turn.probabilities).length) {
-    const share = (id) => turn.probabilities[id] || 0;
+    const share = (id) => (Object.hasOwn(turn.probabilities, id) ? turn.probabilities[id] : 0);
     const order = [...turn.allowed].sort((a, b) => share(b) - share(a));
     view.append(...folded("bars", order.map((id) => bar(turn, id, share(id))), BARS, "less likely"));
   } else {

@@ -3,7 +3,7 @@ const MOST_TURNS = 40; // columns of the second; longer dialogues share the last
 
 // counts: Map from row to Map from column to number. A cell is its share of `whole(row)`.
 function heat(corner, rows, columns, counts, whole, tell) {
-  const table = make("table", "heat");
+  const table = make("table", columns.some((column) => column.name.length > 3) ? "heat turned" : "heat");
   const head = table.createTHead().insertRow();
   head.append(make("th", "", corner));
   for (const column of columns) {
@@ -44,7 +44,7 @@ function count(counts, row, column) {
 
 // Strategies in the order in which dialogues reach them on average: the flow then runs down the diagonal.
 function inOrder(dialogues) {
-  const seen = new Map(); // strategy -> [sum of positions, uses]
+  const seen = new Map(); // strategy -> [sum of its turns' numbers, uses]
   for (const { used } of dialogues) {
     used.forEach((strategy, turn) => {
       const [sum, uses] = seen.get(strategy) || [0, 0];
@@ -52,11 +52,12 @@ function inOrder(dialogues) {
     });
   }
   const mean = ([, [sum, uses]]) => sum / uses;
-  return [...seen].sort((a, b) => mean(a) - mean(b)).map(([strategy, [, uses]]) => ({ strategy, uses }));
+  return [...seen].sort((a, b) => mean(a) - mean(b)).map(([strategy]) => strategy);
 }
 
-// Row: a strategy. Column: what came next, another strategy or the end of the dialogue.
-function flow(dialogues, order) {
+// Row: a strategy. Column: what came next, another strategy or the end of the dialogue. `order` and `ends` are those
+// of all the flows drawn, so that two of them can be laid beside each other.
+function flow(dialogues, order, ends) {
   const counts = new Map();
   for (const { used, stop } of dialogues) {
     used.forEach((strategy, turn) => {
@@ -66,10 +67,10 @@ function flow(dialogues, order) {
   }
   const total = (key) => [...(counts.get(key)?.values() || [])].reduce((a, b) => a + b, 0);
   const name = (strategy) => INDEX.strategies[strategy] || "(none)";
-  const rows = ["start", ...order.map(({ strategy }) => strategy)]
-    .map((key) => ({ key, name: key === "start" ? "start" : name(key), total: total(key) })).filter((row) => row.total);
-  const ends = INDEX.stops.filter((stop) => dialogues.some((dialogue) => dialogue.stop === stop));
-  const columns = order.map(({ strategy }) => ({ key: strategy, name: name(strategy) }))
+  const rows = [{ key: "start", name: "start", total: total("start") }, ...order.map((strategy) => ({
+    key: strategy, name: name(strategy), total: total(strategy),
+  }))];
+  const columns = order.map((strategy) => ({ key: strategy, name: name(strategy) }))
     .concat(ends.map((stop) => ({ key: stop, name: stop, end: true })));
   return heat("from \\ to", rows, columns, counts, (row) => row.total, (from, to) => from + " \u2192 " + to);
 }
@@ -87,6 +88,6 @@ function stopsByTurn(dialogues) {
   const turns = [...counts.values()].flatMap((row) => [...row.keys()]);
   const least = Math.min(...turns);
   const columns = Array.from({ length: Math.max(...turns) - least + 1 }, (_, index) => least + index)
-    .map((length) => ({ key: length, name: length + (length === MOST_TURNS ? "+" : "") }));
+    .map((length) => ({ key: length, name: String(length) + (length === MOST_TURNS ? "+" : "") }));
   return heat("stop \\ turns", rows, columns, counts, () => dialogues.length, (stop, turns) => stop + " after " + turns);
 }

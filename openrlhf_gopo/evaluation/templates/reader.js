@@ -91,8 +91,10 @@ async function filter() {
 
 // Flow and stops of the dialogues found; drawn when opened, for they can be large.
 function draw(groups) {
-  const order = inOrder(groups.flatMap(([, entries]) => entries));
-  const views = { flow: (entries) => flow(entries, order), stops: stopsByTurn };
+  const all = groups.flatMap(([, entries]) => entries);
+  const order = inOrder(all);
+  const ends = INDEX.stops.filter((stop) => all.some((entry) => entry.stop === stop));
+  const views = { flow: (entries) => flow(entries, order, ends), stops: stopsByTurn };
   for (const [id, view] of Object.entries(views)) {
     const fold = byId(id);
     const fill = () => {
