@@ -64,7 +64,9 @@ def _read(files: dict[str, Path]) -> dict[str, list[Trajectory]]:
         if not phases[name]:
             logger.warning("%s: no dialogues; %s has an empty row", file, name)
     if not any(phases.values()):
-        raise DataError(f"{', '.join(map(str, files.values()))}: no dialogues; give files that a rollout has written to")
+        raise DataError(
+            f"{', '.join(map(str, files.values()))}: no dialogues; give files that a rollout has written to"
+        )
     return phases
 
 

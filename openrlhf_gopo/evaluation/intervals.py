@@ -29,7 +29,9 @@ def write_intervals(results: Mapping[str, Summary], png: str | os.PathLike[str])
         for row, summary in enumerate(results.values()):
             interval = summary.metrics.get(metric)
             if interval is None:
-                axes.text(0.5, row, "not measured", color=GREY, fontsize=8, va="center", transform=axes.get_yaxis_transform())
+                axes.text(
+                    0.5, row, "not measured", color=GREY, fontsize=8, va="center", transform=axes.get_yaxis_transform()
+                )
                 continue
             if not math.isnan(interval.low):
                 axes.plot([interval.low, interval.high], [row, row], color=BLUE, linewidth=2.2, alpha=0.55)
@@ -43,8 +45,6 @@ def write_intervals(results: Mapping[str, Summary], png: str | os.PathLike[str])
     panels[0].set_ylim(len(results) - 0.4, -0.6)  # the first policy on top
     figure.savefig(png)
     return Path(png)
-
-
 
 
 def _short(name: str) -> str:

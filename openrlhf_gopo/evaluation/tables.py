@@ -54,7 +54,9 @@ class Table:
         if not results:
             raise ValueError("a table needs at least one policy")
         differences, refused = compare(results)
-        notes = ["Mean over goals [95% bootstrap interval over goals]. Failed dialogues are counted and enter no metric."]
+        notes = [
+            "Mean over goals [95% bootstrap interval over goals]. Failed dialogues are counted and enter no metric."
+        ]
         if differences:
             family = f", Holm-corrected over the {len(differences)} policies compared" if len(differences) > 1 else ""
             notes.append(

@@ -72,7 +72,10 @@ def test_p_values_by_hand(values, expected):
 
 @given(differences)
 def test_the_exact_p_value_counts_every_pattern(values):
-    sums = [sum(s * v for s, v in zip(signs, values, strict=True)) for signs in itertools.product((1, -1), repeat=len(values))]
+    sums = [
+        sum(s * v for s, v in zip(signs, values, strict=True))
+        for signs in itertools.product((1, -1), repeat=len(values))
+    ]
     expected = sum(abs(s) >= abs(sum(values)) for s in sums) / len(sums)
     assert sign_flip_p(values) == pytest.approx(expected)
 

@@ -111,11 +111,21 @@ def test_no_dialogues_give_an_empty_summary():
 
 def test_slices_by_task_and_persona_leave_out_continuous_traits():
     trajectories = [
-        dialogue(str(i), 0, intent="return" if i < 15 else "cancel", persona={"tone": "terse", "patience": i / 7})
+        dialogue(
+            str(i),
+            0,
+            intent="return" if i < 15 else "cancel",
+            persona={"tone": "terse", "order": i, "trust": i % 3 / 2, "patience": i % 2},
+        )
         for i in range(20)
     ]
     found = {name: len(members) for name, members in slices(trajectories).items()}
-    assert found == {"intent: cancel": 5, "intent: return": 15, "persona tone: terse": 20}
+    assert found == {
+        "intent: cancel": 5,
+        "intent: return": 15,
+        "persona patience: 0": 10,
+        "persona patience: 1": 10,
+    } | {"persona tone: terse": 20}
 
 
 def test_slices_by_length_go_by_the_turns_taken_in_doubling_steps():
@@ -135,7 +145,15 @@ def test_slices_by_length_go_by_the_turns_taken_in_doubling_steps():
 
 @pytest.mark.parametrize(
     ("successes", "samples", "k", "expected"),
-    [(2, 4, 1, 1 / 2), (2, 4, 2, 1 / 6), (2, 4, 3, 0), (3, 4, 2, 3 / 6), (4, 4, 4, 1), (0, 1, 1, 0), (6, 8, 4, 15 / 70)],
+    [
+        (2, 4, 1, 1 / 2),
+        (2, 4, 2, 1 / 6),
+        (2, 4, 3, 0),
+        (3, 4, 2, 3 / 6),
+        (4, 4, 4, 1),
+        (0, 1, 1, 0),
+        (6, 8, 4, 15 / 70),
+    ],
 )
 def test_pass_k_by_hand(successes, samples, k, expected):
     assert pass_power(successes, samples, k) == pytest.approx(expected, abs=1e-15)

@@ -70,7 +70,11 @@ def test_a_table_of_nothing_is_refused():
 
 @pytest.mark.parametrize(
     ("p", "expected"),
-    [(None, "0.000 [0.000, 0.000]"), (0.04, "+0.000 [+0.000, +0.000] p=0.040"), (9e-4, "+0.000 [+0.000, +0.000] p<0.001")],
+    [
+        (None, "0.000 [0.000, 0.000]"),
+        (0.04, "+0.000 [+0.000, +0.000] p=0.040"),
+        (9e-4, "+0.000 [+0.000, +0.000] p<0.001"),
+    ],
 )
 def test_floating_point_noise_has_no_sign(p, expected):
     assert cell(Interval(-1e-12, -2e-12, 1e-12, 5), "gre", p) == expected
