@@ -1,9 +1,9 @@
 """Is one policy better than another? Paired differences over the goals that both played, tested and corrected.
 
-The test is the sign-flip (paired permutation) test of the mean difference over goals, two-sided: were the policies equal,
-a goal's difference would be as likely to have the other sign. With n goals all 2^n sign patterns are counted where
-that is no more than ``FLIPS``; else p = (1 + patterns at least as extreme) / (1 + FLIPS) over random ones, which never
-falls below the true level (Phipson and Smyth, 2010). It assumes no distribution, only goals drawn independently.
+The test is the sign-flip (paired permutation) test of the mean difference over goals, two-sided: were the policies
+equal, a goal's difference would be as likely to have the other sign. Of n goals all 2^n sign patterns are counted where
+these are no more than ``FLIPS``; else p = (1 + patterns at least as extreme) / (1 + FLIPS) over random patterns, which
+keeps the level (Phipson and Smyth, 2010). It assumes no distribution, only goals drawn independently.
 """
 
 from __future__ import annotations

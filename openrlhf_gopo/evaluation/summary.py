@@ -144,9 +144,9 @@ def slices(trajectories: Sequence[Trajectory]) -> dict[str, list[Trajectory]]:
     """Group dialogues by task (``intent: ...``), user simulator (``user: ...``) where there is more than one, each
     persona trait (``persona key: value``), all sorted by name, and length (``length: 5-8 turns``), shortest first.
 
-    Persona keys with fractions among their values, or more than ``MAX_SLICE_VALUES`` values, are left out. Length is the number of turns that
-    the dialogue took: unlike the others it is a result of the policy, so the dialogues of one goal may fall into
-    several of its slices, and those that failed, cut off anywhere, fall into none.
+    Persona keys with fractions among their values, or more than ``MAX_SLICE_VALUES`` values, are left out. Length is
+    the number of turns that the dialogue took: unlike the others it is a result of the policy, so the dialogues of one
+    goal may fall into several of its slices, and those that failed, cut off anywhere, fall into none.
     """
     groups: dict[str, dict[str, list[Trajectory]]] = defaultdict(lambda: defaultdict(list))
     lengths: dict[int, list[Trajectory]] = defaultdict(list)

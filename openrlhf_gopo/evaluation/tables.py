@@ -178,8 +178,9 @@ def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def _numbers(interval: Interval | None) -> tuple[str, str, str]:
-    return ("", "", "") if interval is None else tuple(map(_number, (interval.mean, interval.low, interval.high)))
+def _numbers(interval: Interval | None) -> list[str]:
+    values = (None, None, None) if interval is None else (interval.mean, interval.low, interval.high)
+    return [_number(value) for value in values]
 
 
 def _number(value: float | None) -> str:
