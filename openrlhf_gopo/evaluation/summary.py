@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,8 +83,13 @@ def bootstrap(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0
     return Interval(mean, float(low), float(high), array.size)
 
 
-def summarise(trajectories: Iterable[Trajectory], resamples: int = RESAMPLES, seed: int = 0) -> Summary:
-    """Summarise scored dialogues. A metric that no dialogue carries is absent, not zero."""
+def summarise(
+    trajectories: Iterable[Trajectory],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    metrics: Collection[str] | None = None,
+) -> Summary:
+    """Summarise scored dialogues, in ``metrics`` only if given. A metric that no dialogue carries is absent, not zero."""
     samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     stops: Counter[str] = Counter()
     intents: dict[str, str] = {}
@@ -102,6 +107,8 @@ def summarise(trajectories: Iterable[Trajectory], resamples: int = RESAMPLES, se
         for metric, per_goal in samples.items()
     }
     by_goal |= _passes(samples["success"])
+    if metrics is not None:
+        by_goal = {metric: means for metric, means in by_goal.items() if metric in metrics}
     dialogues = stops.total()
     return Summary(
         metrics={metric: bootstrap(list(means.values()), resamples, seed) for metric, means in by_goal.items()},

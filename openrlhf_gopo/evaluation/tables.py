@@ -150,7 +150,7 @@ def slice_grid(phases: Phases) -> Grid:
         for phase, by_slice in groups.items():
             if name not in by_slice:
                 continue
-            summary = summarise(by_slice[name])
+            summary = summarise(by_slice[name], metrics=SLICE_METRICS)
             values = (cell(summary.metrics.get(metric), metric) for metric in SLICE_METRICS)
             cells.append([name, phase, str(summary.goals), str(summary.dialogues), *values])
     return ["slice", "policy", "goals", "dialogues", *map(title, SLICE_METRICS)], cells

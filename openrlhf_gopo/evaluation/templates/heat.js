@@ -22,7 +22,7 @@ function heat(corner, rows, columns, counts, whole, tell) {
     for (const column of columns) {
       const count = counts.get(row.key)?.get(column.key) || 0;
       const share = count / whole(row);
-      const cell = make("td", column.end ? "end" : "", count ? percent(share) : "");
+      const cell = make("td", column.end ? "end " + column.key : "", count ? percent(share) : "");
       if (count) {
         cell.style.setProperty("--share", Math.round(100 * share) + "%");
         cell.title = tell(row.name, column.name) + ": " + count + " of " + whole(row);

@@ -12,8 +12,8 @@ const SORTS = {
   "as evaluated": null,
   "TSE, lowest first": (entry) => entry.tse ?? Infinity,
   "TSE, highest first": (entry) => -(entry.tse ?? -Infinity),
-  "lost most to the one beside": (entry) => gap(entry),
-  "gained most on the one beside": (entry) => -gap(entry),
+  "furthest behind the one beside": (entry) => gap(entry),
+  "furthest ahead of the one beside": (entry) => -gap(entry),
 };
 
 // TSE of an entry minus that of the dialogue beside it; 0 where there is none to compare.
