@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from openrlhf_gopo.evaluation.curves import write_learning_curves
@@ -11,10 +12,10 @@ from openrlhf_gopo.evaluation.page import write_page
 from openrlhf_gopo.evaluation.summary import Summary, summarise
 from openrlhf_gopo.evaluation.tables import Phases, Table, markdown, slice_grid, write_text
 
-__all__ = ["Summary", "table_text", "write_learning_curves", "write_results"]
+__all__ = ["table_text", "write_learning_curves", "write_results"]
 
 
-def table_text(results: dict[str, Summary]) -> str:
+def table_text(results: Mapping[str, Summary]) -> str:
     """The main table in Markdown: policies, differences to the first one, and stop reasons.
 
     Raises:

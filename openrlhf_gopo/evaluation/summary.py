@@ -89,7 +89,7 @@ def summarise(
     seed: int = 0,
     metrics: Collection[str] | None = None,
 ) -> Summary:
-    """Summarise scored dialogues, in ``metrics`` only if given. A metric that no dialogue carries is absent, not zero."""
+    """Summarise scored dialogues, in ``metrics`` only if given. What no dialogue carries is absent, not zero."""
     samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     stops: Counter[str] = Counter()
     intents: dict[str, str] = {}

@@ -166,7 +166,8 @@ def test_hostile_text_is_shown_and_never_run(tmp_path, profile):
         assert len(shown.all(tag)) == len(harmless.all(tag))
     assert not [attrs for _, attrs, _ in shown.elements if {"onerror", "onload"} & attrs.keys()]
     assert shown.texts("div", "says")[:2] == ["User" + text, "Reply" + text]
-    assert shown.texts("h3")[0] == f"{text}, sample 0"
+    assert shown.texts("h3") == [f"{text}, sample 0"]
+    assert shown.texts("article")[1] == "b has no dialogue about goal g."  # another intent: another goal
     assert f"start \u2192 {text}: 1 of 1" in [attrs.get("title") for _, attrs, _ in shown.all("td")]
 
 

@@ -14,11 +14,13 @@ async function unpack(blob) {
   return JSON.parse(await new Response(stream).text());
 }
 
-// An entry per dialogue: {at, policy, goal, intent, sample, stop, tse, used}, `used` being strategies by number.
+// An entry per dialogue: {at, policy, key, goal, intent, sample, stop, tse, used}: `key` is the goal's number (an id may
+// stand for two goals, of different environments), `used` the strategies by number.
 async function openIndex() {
   INDEX = await unpack(0);
   INDEX.dialogues = INDEX.dialogues.map(([policy, goal, sample, stop, tse, used], at) => ({
-    at, policy, goal: INDEX.goals[goal][0], intent: INDEX.goals[goal][1], sample, stop: INDEX.stops[stop], tse, used,
+    at, policy, key: goal, goal: INDEX.goals[goal][0], intent: INDEX.goals[goal][1], sample,
+    stop: INDEX.stops[stop], tse, used,
   }));
   INDEX.byGoal = grouped(INDEX.dialogues);
 }
@@ -26,8 +28,8 @@ async function openIndex() {
 function grouped(dialogues) {
   const groups = new Map();
   for (const dialogue of dialogues) {
-    if (!groups.has(dialogue.goal)) groups.set(dialogue.goal, []);
-    groups.get(dialogue.goal).push(dialogue);
+    if (!groups.has(dialogue.key)) groups.set(dialogue.key, []);
+    groups.get(dialogue.key).push(dialogue);
   }
   return groups;
 }
@@ -66,6 +68,6 @@ function text(dialogue) {
 
 // The dialogue of another policy about the same goal: the same sample, or the first there is.
 function counterpart(entry, policy) {
-  const same = INDEX.byGoal.get(entry.goal).filter((other) => other.policy === policy && other !== entry);
+  const same = INDEX.byGoal.get(entry.key).filter((other) => other.policy === policy && other !== entry);
   return same.find((other) => other.sample === entry.sample) || same[0] || null;
 }
