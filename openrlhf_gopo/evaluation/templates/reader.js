@@ -50,7 +50,7 @@ function grow() {
     button.dataset.index = listed;
     button.setAttribute("aria-current", String(entry === current));
     const place = [entry.goal, "sample " + entry.sample, INDEX.policies[entry.policy]];
-    const result = [entry.stop, "TSE " + number(entry.tse, 1), entry.used.length + " turns"];
+    const result = [entry.stop, "TSE " + number(entry.tse, 1), entry.used.length + (entry.used.length === 1 ? " turn" : " turns")];
     button.append(make("small", "", place.join(", ")), make("small", "", result.join(", ")));
     button.addEventListener("click", () => show(entry));
     byId("list").append(button);
