@@ -63,7 +63,8 @@ def test_one_id_with_two_intents_is_not_one_goal():
         ([0.0, 0.0, 1.0, 2.0], 0.5),  # a zero has no sign
         ([0.0, 0.0], 1.0),
         ([], 1.0),
-        ([0.1] * 10, 2 / 2**10),  # ties that rounding could break
+        ([0.1, 0.2, -0.1], 0.75),  # 0.2 is reached by 6 of 8; two of these are ties that rounding would break
+        ([0.1] * 10, 2 / 2**10),
     ],
 )
 def test_p_values_by_hand(values, expected):
