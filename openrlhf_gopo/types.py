@@ -87,10 +87,10 @@ class Turn:
     """One turn: user utterance -> strategy -> reply, with what the environment said about it.
 
     ``relevance`` grades each allowed strategy 0..3 before the choice; ``briefing`` is what the responder was told;
-    ``expected`` are the strings a faithful reply contains. ``probabilities`` are the expert's of the allowed strategies
-    (empty when not asked for, or when forced). ``expert_logprob`` is the sampler's log pi_E(z_t), 0 when
-    forced (one allowed strategy). ``reply_cut`` is True when the reply hit its token cap. ``plan`` is what the expert
-    wrote before it chose, if it plans.
+    ``expected`` are the strings a faithful reply contains. ``probabilities`` is the expert's pi_E(z | h_t) over the
+    allowed set, empty when unknown. ``expert_logprob`` is the sampler's log pi_E(z_t), 0 when forced (one allowed
+    strategy). ``reply_cut`` is True when the reply hit its token cap. ``plan`` is what the expert wrote before it
+    chose, if it plans.
     """
 
     user: str
