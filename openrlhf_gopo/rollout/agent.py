@@ -6,11 +6,13 @@ memory or a remote model (``evaluation``). The two halves of an agent may come f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.envs.base import Dialogue
+from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.types import Goal, Strategy, Stream, Turn
 
 
@@ -27,16 +29,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Choice:
-    """A strategy of the allowed set, its log-probability (0 when forced), and, where known, those of the whole set.
+    """A strategy of the allowed set, its log-probability (0 when forced or unknown), and those of the whole set.
 
     ``probabilities``: strategy id -> probability over the allowed set, empty when unknown. ``plan``: what the
-    expert wrote before.
+    expert wrote before. ``invalid``: see ``Turn``.
     """
 
     strategy: str
     logprob: float = 0.0
     probabilities: Mapping[str, float] = field(default_factory=dict)
     plan: str = ""
+    invalid: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -83,3 +86,32 @@ class Policy(Protocol):
 
     def open(self, case: Case) -> Agent:
         """The agent of one dialogue."""
+
+
+Advice = Callable[[Case, Sequence[Turn], Turn], str]
+"""What an expert reads before the customer's words of a turn (dialogue, past turns, turn to decide); "" for nothing."""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The expert of one policy with the responder of another; the streams of the other halves are dropped."""
+
+    expert_from: Policy
+    responder_from: Policy
+
+    def open(self, case: Case) -> Agent:
+        """One agent of both.
+
+        Raises:
+            ConfigError: a policy decides and writes in one stream, so that neither half goes on without the other.
+        """
+        deciding, writing = self.expert_from.open(case), self.responder_from.open(case)
+        for agent in (deciding, writing):
+            if agent.streams.keys() == {RESPONDER}:
+                raise ConfigError(
+                    "a single-level policy has one stream for both roles and cannot be halved; take both roles from "
+                    "it, or a two-level policy"
+                )
+        halves = ((EXPERT, deciding), (RESPONDER, writing))
+        streams = {role: agent.streams[role] for role, agent in halves if role in agent.streams}
+        return Agent(deciding.expert, writing.responder, streams)

@@ -70,14 +70,16 @@ class _Transient(Exception):
 class Endpoint:
     """``model`` at ``url``, which ends where ``/chat/completions`` follows. Thread-safe; pickles without state.
 
+    ``flag``: where the user named it; messages begin with it.
+
     Raises:
         ConfigError: ``url`` cannot be one, or holds more than a place; the key cannot be one; --gopo.llm.cache is no
             SQLite file.
     """
 
-    def __init__(self, model: str, url: str, config: LlmConfig) -> None:
-        self.model, self.url, self.config = model, _checked(model, url), config
-        self.flag = f"--gopo.user llm:{model}@{self.url}"  # begins every message
+    def __init__(self, model: str, url: str, config: LlmConfig, flag: str = "--gopo.user") -> None:
+        self.model, self.url, self.config = model, _checked(flag, model, url), config
+        self.flag, self._named_by = f"{flag} llm:{model}@{self.url}", flag
         self.usage = Usage()
         self._cache = Cache(config.cache)
         self._lock = threading.Lock()
@@ -87,7 +89,7 @@ class Endpoint:
         self._key()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Endpoint, (self.model, self.url, self.config)
+        return Endpoint, (self.model, self.url, self.config, self._named_by)
 
     def chat(self, messages: list[dict[str, str]], seed: int, until: float) -> Answer:
         """The model's answer; from the cache where an equal request was answered before.
@@ -223,7 +225,12 @@ class Endpoint:
         return Answer(text, cut)
 
 
-def _checked(model: str, url: str) -> str:
+def request_seed(key: str) -> int:
+    """31 bits of ``key``, which names all that a request's chance may depend on."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
+
+
+def _checked(flag: str, model: str, url: str) -> str:
     """``url`` without a closing slash."""
     try:
         parts = httpx.URL(url)
@@ -231,11 +238,11 @@ def _checked(model: str, url: str) -> str:
         parts = httpx.URL()
     if parts.userinfo or parts.query or parts.fragment:
         raise ConfigError(  # what the URL holds may be secret
-            f"--gopo.user llm:{model}@URL: the URL has a user, a query or a fragment; leave them out, and put the key "
+            f"{flag} llm:{model}@URL: the URL has a user, a query or a fragment; leave them out, and put the key "
             "into the environment variable of --gopo.llm.api_key_env"
         )
     if parts.scheme not in ("http", "https") or not parts.host:
-        raise ConfigError(f"--gopo.user llm:{model}@{url}: not a URL; write one as in http://localhost:8000/v1")
+        raise ConfigError(f"{flag} llm:{model}@{url}: not a URL; write one as in http://localhost:8000/v1")
     return url.rstrip("/")
 
 

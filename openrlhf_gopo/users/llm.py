@@ -12,7 +12,6 @@ the customer round moves their words, never the events or rewards.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
@@ -21,7 +20,7 @@ from openrlhf_gopo.config import LlmConfig
 from openrlhf_gopo.errors import ConfigError, DialogueError
 from openrlhf_gopo.rewards.text import mentions, values
 from openrlhf_gopo.users.base import MAX_UTTERANCE, Cue, UserSimulator
-from openrlhf_gopo.users.endpoint import Answer, Endpoint
+from openrlhf_gopo.users.endpoint import Answer, Endpoint, request_seed
 
 WORDINGS = 3
 SHARE_OF_TIMEOUT = 0.9  # of --gopo.user_timeout, for one utterance with all its requests and waits
@@ -65,8 +64,7 @@ class LlmUser(UserSimulator):
         until = time.monotonic() + SHARE_OF_TIMEOUT * self.timeout
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": request(cue)}]
         for wording in range(WORDINGS):
-            digest = hashlib.sha256(f"{cue.key}/{wording}".encode()).digest()
-            answer = self.endpoint.chat(messages, int.from_bytes(digest[:4], "big") >> 1, until)
+            answer = self.endpoint.chat(messages, request_seed(f"{cue.key}/{wording}"), until)
             said = " ".join(answer.text.split())
             fault = _fault(cue, said, answer)
             if fault is None:
