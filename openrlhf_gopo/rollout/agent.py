@@ -12,7 +12,6 @@ from typing import Protocol
 
 from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.envs.base import Dialogue
-from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.types import Goal, Strategy, Stream, Turn
 
 
@@ -25,6 +24,10 @@ class Case:
     dialogue: Dialogue
     sample: int
     seed: int
+
+
+Advice = Callable[[Case, Sequence[Turn], Turn], str]
+"""What an expert reads before it decides (dialogue, past turns, the turn to decide); "" for nothing."""
 
 
 @dataclass(frozen=True)
@@ -88,30 +91,16 @@ class Policy(Protocol):
         """The agent of one dialogue."""
 
 
-Advice = Callable[[Case, Sequence[Turn], Turn], str]
-"""What an expert reads before the customer's words of a turn (dialogue, past turns, turn to decide); "" for nothing."""
-
-
 @dataclass(frozen=True)
 class Halves:
-    """The expert of one policy with the responder of another; the streams of the other halves are dropped."""
+    """The expert of one policy with the responder of another."""
 
-    expert_from: Policy
-    responder_from: Policy
+    expert: Policy
+    responder: Policy
 
     def open(self, case: Case) -> Agent:
-        """One agent of both.
-
-        Raises:
-            ConfigError: a policy decides and writes in one stream, so that neither half goes on without the other.
-        """
-        deciding, writing = self.expert_from.open(case), self.responder_from.open(case)
-        for agent in (deciding, writing):
-            if agent.streams.keys() == {RESPONDER}:
-                raise ConfigError(
-                    "a single-level policy has one stream for both roles and cannot be halved; take both roles from "
-                    "it, or a two-level policy"
-                )
-        halves = ((EXPERT, deciding), (RESPONDER, writing))
-        streams = {role: agent.streams[role] for role, agent in halves if role in agent.streams}
+        """Of the streams, those that these halves grow."""
+        deciding, writing = self.expert.open(case), self.responder.open(case)
+        halves = ((deciding, EXPERT), (writing, RESPONDER))
+        streams = {role: agent.streams[role] for agent, role in halves if role in agent.streams}
         return Agent(deciding.expert, writing.responder, streams)

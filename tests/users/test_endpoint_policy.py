@@ -17,7 +17,6 @@ from openrlhf_gopo.evaluation.records import append_trajectory, read_trajectorie
 from openrlhf_gopo.evaluation.scripted import ScriptedPolicy
 from openrlhf_gopo.evaluation.summary import metric_values, summarise
 from openrlhf_gopo.policy import prompts
-from openrlhf_gopo.policy.two_level import SingleLevelPolicy
 from openrlhf_gopo.rollout.agent import Agent, Case, Choice, Halves
 from openrlhf_gopo.rollout.dialogue import Limits, run_dialogue
 from openrlhf_gopo.rollout.sampled import SampledPolicy, TokenLimits
@@ -376,15 +375,6 @@ def test_halves_keep_the_streams_of_the_halves_they_use(server, shop, policy):
     assert [set(t.streams) for t in (expert, responder, both)] == [{EXPERT}, {RESPONDER}, {EXPERT, RESPONDER}]
     assert len(expert.streams[EXPERT].spans) == len(decisions([expert]))
     assert len(responder.streams[RESPONDER].spans) == len(responder.turns)
-
-
-def test_one_stream_cannot_be_halved(server, shop, policy):
-    tokenizer = policy.expert.tokenizer
-    single = SingleLevelPolicy(tokenizer, tokenizer, 26)
-    sampled = SampledPolicy(single, Engine(single).generators(), TOKENS)
-    for halves in (Halves(sampled, remote(server)), Halves(remote(server), sampled)):
-        (trajectory,) = play(shop, halves, [shop.goals("heldout")[0]])
-        assert "cannot be halved" in trajectory.error
 
 
 def test_an_agents_halves_are_as_opened():
