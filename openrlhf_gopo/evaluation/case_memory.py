@@ -33,8 +33,8 @@ from openrlhf_gopo.types import StopReason, Trajectory, Turn
 
 CAPACITY = 20_000
 CANDIDATES = 4  # times as many cases as asked for are ranked by Q
-LESSONS = 8  # cases that Q is fitted to for each decision of a new dialogue
-RATE = 0.1  # AdaGrad's step
+LESSONS = 64  # cases that Q is fitted to for each decision of a new dialogue
+RATE = 0.3  # AdaGrad's step
 PARTS = 4
 FEATURES = 2 + 2 * PARTS
 
