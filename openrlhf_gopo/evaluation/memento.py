@@ -13,7 +13,7 @@ from openrlhf_gopo.rollout.agent import Agent, Case, Choice
 from openrlhf_gopo.types import Turn
 
 VOTERS = 16
-SHARPNESS = 4  # the power of a voter's similarity
+POWERS = (4, 2)  # of a voter's similarity and return; chosen on training goals of the shop, neither is critical
 SHOWN = 4  # cases in a prompt, as many as in the paper
 WORDS = 100  # characters of each thing a customer said
 HEADLINE = "What was chosen in similar situations, and how these dialogues ended (0 to 1):"
@@ -23,7 +23,7 @@ HEADLINE = "What was chosen in similar situations, and how these dialogues ended
 class CaseVote:
     """The retrieved cases vote for what was chosen in them, by how their dialogues ended. Ours, not the paper's:
 
-        V(z) = sum_{c that chose z} s_c^4 (r_c - b)       b = mean of r over the retrieved cases
+        V(z) = sum_{c that chose z} s_c^4 r_c^2
 
     s: similarity, r: return; with ``by_q`` the cases are the best by Q, and Q takes the place of r. The highest V wins,
     of equal ones the first in the catalogue; a strategy without a case has 0. It needs no model, and replies with the
@@ -57,9 +57,10 @@ class _Voter:
 def tally(found: Sequence[Recalled], *, by_q: bool = False) -> Mapping[str, float]:
     """V of every strategy that a case of ``found`` chose; see ``CaseVote``."""
     votes: dict[str, float] = defaultdict(float)
-    returns = [one.q if by_q else one.case.score for one in found]
-    for one, value in zip(found, returns, strict=True):
-        votes[one.case.strategy] += one.similarity**SHARPNESS * (value - sum(returns) / len(returns))
+    likeness, worth = POWERS
+    for one in found:
+        value = one.q if by_q else one.case.score
+        votes[one.case.strategy] += one.similarity**likeness * value**worth
     return votes
 
 
