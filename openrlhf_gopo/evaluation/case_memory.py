@@ -241,8 +241,8 @@ def _read(model: type[Record], line: bytes, where: str) -> Record:
         return model.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise DataError(f"{where}:{field}: {first['msg']}, got {first['input']!r:.80}") from None
+        place = ":".join([where, *filter(None, [".".join(map(str, first["loc"]))])])
+        raise DataError(f"{place}: {first['msg']}, got {first['input']!r:.80}") from None
 
 
 def one_line(text: str) -> str:

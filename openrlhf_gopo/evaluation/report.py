@@ -33,6 +33,7 @@ COLUMNS = {
     "grounded": ("grounded", 3),
     "no_repetition": ("no repetition", 3),
     "sop": ("SOP compliance", 3),
+    "invalid": ("invalid decisions", 3),
     "engagement": ("engagement", 3),
     "turns": ("turns", 2),
 }
