@@ -189,6 +189,11 @@ class Endpoint:
         return Answer(text, cut)
 
 
+def request_seed(key: str) -> int:
+    """31 bits of ``key``, which names all that a request's chance may depend on."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
+
+
 def _checked(given: str, model: str, url: str) -> str:
     """``url`` without a closing slash."""
     try:

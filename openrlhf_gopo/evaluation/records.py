@@ -166,6 +166,10 @@ def _optional_text(value: Any) -> str | None:
     return None if value is None else _text(value)
 
 
+def _optional_flag(value: Any) -> bool | None:
+    return None if value is None else _flag(value)
+
+
 def _anything(value: Any) -> Any:
     return value
 
@@ -201,6 +205,7 @@ _TURN: dict[str, Check] = {
     "expert_logprob": _number,
     "forced": _flag,
     "reply_cut": _flag,
+    "invalid": _optional_flag,
 }
 _STREAM: dict[str, Check] = {
     "tokens": _list_of(_whole),

@@ -56,12 +56,17 @@ class Summary:
 def metric_values(trajectory: Trajectory) -> dict[str, float]:
     """The metrics of one dialogue: its rewards, and success, turns and engagement where no reward has that name.
 
-    ``engagement`` is the mean over turns of a_t in [0, 1]. NaN means "not measured here" and is left out.
+    ``engagement`` is the mean over turns of a_t in [0, 1]. ``invalid`` is the share of decisions that were left
+    to chance (``Turn.invalid``), absent where restricted decoding rules that out. NaN means "not measured here" and is
+    left out.
     """
     turns = trajectory.turns
     values = {"success": float(trajectory.success), "turns": float(len(turns))}
     if turns:
         values["engagement"] = sum(turn.engagement for turn in turns) / len(turns)
+    free = [turn.invalid for turn in turns if turn.invalid is not None]
+    if free:
+        values["invalid"] = sum(free) / len(free)
     values.update({name: float(value) for name, value in trajectory.rewards.items() if value is not None})
     return {name: value for name, value in values.items() if not math.isnan(value)}
 

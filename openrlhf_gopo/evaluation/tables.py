@@ -27,6 +27,7 @@ COLUMNS = {
     "chrf": ("chrF", 1),
     "referenced": ("replies with a reference", 3),
     "sop": ("SOP compliance", 3),
+    "invalid": ("invalid decisions", 3),
     "engagement": ("engagement", 3),
     "turns": ("turns", 2),
 }

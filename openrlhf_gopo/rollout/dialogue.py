@@ -93,6 +93,7 @@ class _Run:
                 self.trajectory.stop = StopReason.MAX_TOKENS
                 return
             turn.strategy, turn.expert_logprob, turn.plan = choice.strategy, choice.logprob, choice.plan
+            turn.invalid = choice.invalid
             turn.probabilities, turn.forced = choice.probabilities, len(turn.allowed) == 1
             turn.briefing = await self.call(partial(dialogue.briefing, turn.strategy))
             turn.expected = await self.call(partial(dialogue.expected, turn.strategy))

@@ -12,12 +12,11 @@ the customer round moves their words, never the events or rewards.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 
 from openrlhf_gopo.config import LlmConfig
-from openrlhf_gopo.endpoint import Answer, Endpoint
+from openrlhf_gopo.endpoint import Answer, Endpoint, request_seed
 from openrlhf_gopo.errors import DialogueError
 from openrlhf_gopo.rewards.text import mentions, values
 from openrlhf_gopo.users.base import MAX_UTTERANCE, Cue, UserSimulator
@@ -58,8 +57,7 @@ class LlmUser(UserSimulator):
         until = time.monotonic() + SHARE_OF_TIMEOUT * self.timeout
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": request(cue)}]
         for wording in range(WORDINGS):
-            digest = hashlib.sha256(f"{cue.key}/{wording}".encode()).digest()
-            answer = self.endpoint.chat(messages, int.from_bytes(digest[:4], "big") >> 1, until)
+            answer = self.endpoint.chat(messages, request_seed(f"{cue.key}/{wording}"), until)
             said = " ".join(answer.text.split())
             fault = _fault(cue, said, answer)
             if fault is None:

@@ -20,8 +20,11 @@ import pytest
 
 from openrlhf_gopo import platform
 from openrlhf_gopo.config import JudgeConfig, LlmConfig
+from openrlhf_gopo.endpoint import Endpoint
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.errors import DialogueError
+from openrlhf_gopo.evaluation.endpoint import TRIES, EndpointPolicy
+from openrlhf_gopo.evaluation.summary import summarise
 from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rollout.dialogue import run_dialogue
 from openrlhf_gopo.rollout.sampled import SampledPolicy, TokenLimits
@@ -198,3 +201,25 @@ def test_a_server_that_holds_the_model_to_the_form_gives_verdicts(served, policy
     load_rewards.cache_clear()
     again = judged(served, policy, 3, extra_body=json.dumps(form), cache=cache)
     assert [trajectory.rewards["judge"] for trajectory in again] == scores
+
+
+def test_its_model_as_expert_and_responder(served, monkeypatch):
+    """Noise is no label: every decision is left to chance, and the table says so."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    config = LlmConfig(temperature=1.0, max_new_tokens=6, extra_body=json.dumps({"logit_bias": served.bias}))
+    model, _, url = served.user.removeprefix("llm:").partition("@")
+    policy = EndpointPolicy(Endpoint("--policy endpoint", model, url, config), names_only=True)
+    env = load_environment("shop")
+
+    async def all_of_them():
+        return await asyncio.gather(*(run_dialogue(env, g, policy, LIMITS) for g in env.goals("heldout")[:3]))
+
+    played = asyncio.run(all_of_them())
+    assert [t.error for t in played] == [None] * 3
+    assert summarise(played).metrics["invalid"].mean == 1.0
+    turns = [turn for t in played for turn in t.turns]
+    decided = sum(not turn.forced for turn in turns)
+    usage = policy.endpoint.usage
+    assert usage.requests + usage.cached == TRIES * decided + len(turns)
+    assert usage.completion_tokens <= 6 * usage.requests
+    assert len({turn.reply for turn in turns}) > len(turns) // 2

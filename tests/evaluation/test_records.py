@@ -41,6 +41,7 @@ turns = st.builds(
     expert_logprob=numbers,
     forced=st.booleans(),
     reply_cut=st.booleans(),
+    invalid=st.none() | st.booleans(),
 )
 streams = st.builds(
     Stream,
