@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -44,7 +45,7 @@ class PreferenceConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self, "gopo.pref")
+        _check_values(self, "gopo.pref")
         _require(self.coef >= 0, "--gopo.pref.coef", self.coef, "give 0 or more")
         _require(self.beta > 0, "--gopo.pref.beta", self.beta, "give a positive number")
         _require(0 < self.discount < 1, "--gopo.pref.discount", self.discount, "give a number in (0, 1)")
@@ -83,6 +84,7 @@ class LlmConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_values(self, "gopo.llm")
         _require(self.temperature >= 0, "--gopo.llm.temperature", self.temperature, "give 0 or more")
         _require(self.timeout > 0, "--gopo.llm.timeout", self.timeout, "give a positive number of seconds")
         for name in ("max_new_tokens", "attempts", "concurrency", "budget_requests", "budget_tokens"):
@@ -100,7 +102,7 @@ class LlmConfig:
         """``extra_body`` as an object."""
         try:
             extra = json.loads(self.extra_body or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             extra = None
         _require(
             isinstance(extra, dict), "--gopo.llm.extra_body", self.extra_body, 'give a JSON object, as {"top_p": 1}'
@@ -181,7 +183,7 @@ class GopoConfig:
     llm: LlmConfig = field(default_factory=LlmConfig)
 
     def __post_init__(self) -> None:
-        _check_choices(self, "gopo")
+        _check_values(self, "gopo")
         _require(
             bool(self.env),
             "--gopo.env",
@@ -275,11 +277,13 @@ def default(f: Field) -> Any:
     return f.default
 
 
-def _check_choices(config: Any, prefix: str) -> None:
+def _check_values(config: Any, prefix: str) -> None:
+    """What holds for every flag of a kind: one of its choices, no NaN and no infinity."""
     for f in flags(type(config)):
-        choices = f.metadata["choices"]
+        choices, value = f.metadata["choices"], getattr(config, f.name)
+        if isinstance(value, float):
+            _require(math.isfinite(value), f"--{prefix}.{f.name}", value, "give a finite number")
         if choices:
-            value = getattr(config, f.name)
             _require(value in choices, f"--{prefix}.{f.name}", value, f"choose one of {', '.join(choices)}")
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from string import capwords
 from typing import Any
 
-from openrlhf_gopo.envs.reading import as_object, folder, get, parse, shorten, split_of
+from openrlhf_gopo.envs.reading import as_object, folder, get, parse, shorten, split_of, texts
 from openrlhf_gopo.errors import DataError
 
 LAYOUT = (
@@ -116,11 +116,12 @@ def _manual(root: Path) -> Manual:
     kinds: dict[str, str] = {}
     for kind, actions in get(ontology, "actions", dict, where).items():
         for action in get(ontology["actions"], kind, dict, where, "actions."):
-            slots[action] = tuple(get(actions, action, list, where, f"actions.{kind}."))
+            slots[action] = tuple(texts(actions, action, where, f"actions.{kind}."))
             kinds[action] = kind
     flows: dict[str, Flow] = {}
-    for flow, subflows in get(get(ontology, "intents", dict, where), "subflows", dict, where, "intents.").items():
-        flows[flow] = _flow(root, flow, subflows, kb, guidelines, kinds)
+    named = get(get(ontology, "intents", dict, where), "subflows", dict, where, "intents.")
+    for flow in named:
+        flows[flow] = _flow(root, flow, texts(named, flow, where, "intents.subflows."), kb, guidelines, kinds)
     return Manual(flows, slots, kinds)
 
 
@@ -141,9 +142,9 @@ def _flow(
         raise DataError(
             f"{where}:{title}.subflows: {len(written)} subflows, ontology.json has {len(subflows)}; restore it"
         )
-    required, optional, texts = {}, {}, dict[str, str]()
+    required, optional, said = {}, {}, dict[str, str]()
     for subflow, (name, body) in zip(subflows, written.items(), strict=True):
-        required[subflow] = tuple(get(kb, subflow, list, kb_where))
+        required[subflow] = tuple(texts(kb, subflow, kb_where))
         for index, action in enumerate(required[subflow]):
             if action not in kinds:
                 raise DataError(f"{kb_where}:{subflow}[{index}]: {action!r} is no action of ontology.json; restore it")
@@ -152,8 +153,11 @@ def _flow(
         end = next((index for index, (_, step) in enumerate(steps) if step["button"] == END), len(steps))
         certain = {action: step["text"] for action, step in steps[:end] if not OPTIONAL.search(step["text"])}
         optional[subflow] = frozenset(required[subflow]) - set(certain)
-        other = {action: " ".join([step["text"], *step.get("subtext", [])]) for action, step in steps}
-        texts = {**other, **texts, **certain}
+        other = {
+            action: " ".join([step["text"], *(texts(step, "subtext", at) if "subtext" in step else ())])
+            for action, step in steps
+        }
+        said = {**other, **said, **certain}
     names = dict(zip(subflows, written, strict=True))
     return Flow(
         flow,
@@ -161,7 +165,7 @@ def _flow(
         required,
         optional,
         names,
-        {action: text for action, text in texts.items() if action},
+        {action: text for action, text in said.items() if action},
     )
 
 
@@ -198,7 +202,7 @@ def _record(value: Any, where: str, split: str, manual: Manual) -> Record:
         raise DataError(f"{where}:delexed: {len(labelled)} turns, original has {len(said)}; restore the record")
     events = [_event(*pair, where, index, manual) for index, pair in enumerate(zip(said, labelled, strict=True))]
     subflow = labelled[0]["targets"][0]
-    if flow not in manual.flows or subflow not in manual.flows[flow].required:
+    if not isinstance(subflow, str) or flow not in manual.flows or subflow not in manual.flows[flow].required:
         raise DataError(f"{where}:delexed[0].targets[0]: {subflow!r} is no subflow of {flow!r} in ontology.json")
     return Record(id_, flow, subflow, _values(scenario, where), tuple(events), split or split_of(id_))
 
@@ -212,7 +216,7 @@ def _event(spoken: Any, labelled: Any, where: str, index: int, manual: Manual) -
     speaker, text = spoken
     if speaker not in ("customer", "agent", "action"):
         raise DataError(f"{where}:original[{index}][0]: {speaker!r} is neither customer, agent nor action")
-    if speaker == "action" and targets[2] not in manual.slots:
+    if speaker == "action" and (not isinstance(targets[2], str) or targets[2] not in manual.slots):
         raise DataError(f"{where}:delexed[{index}].targets[2]: unknown action {targets[2]!r}; ontology.json lists them")
     action = targets[2] if speaker == "action" else ""
     return Event(speaker, shorten(text), action, tuple(map(str, targets[3])))

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from openrlhf_gopo.envs.base import HumanDialogue, HumanTurn
-from openrlhf_gopo.envs.reading import as_object, folder, get, parse, shorten, split_of
+from openrlhf_gopo.envs.reading import as_object, folder, get, parse, shorten, split_of, texts
 from openrlhf_gopo.envs.replayed import BYE
 from openrlhf_gopo.errors import DataError
 
@@ -83,7 +83,7 @@ def read(data: str | None) -> tuple[dict[str, list[dict[str, Any]]], list[Record
     if path is None:
         raise DataError(f"--gopo.data {data}: neither data.json nor val.json in it; {LAYOUT}")
     database = {domain: _rows(root, domain) for domain in DOMAINS}
-    listed = {_id(line) for p in root.glob("*ListFile*") if "train" not in p.name for line in p.read_text().split()}
+    listed = {id_ for p in root.glob("*ListFile*") if "train" not in p.name for id_ in _ids(p)}
     whole = path.name.startswith("data.")
     records = []
     for id_, value in as_object(_json(path), str(path)).items():
@@ -103,6 +103,13 @@ def humans(records: Sequence[Record]) -> Iterator[HumanDialogue]:
 
 def _id(name: str) -> str:
     return name.strip().removesuffix(".json")
+
+
+def _ids(path: Path) -> list[str]:
+    try:
+        return [_id(line) for line in path.read_text(encoding="utf-8").split()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:byte {error.start}: not UTF-8 ({error.reason}); restore the file") from error
 
 
 def _find(root: Path, name: str) -> Path | None:
@@ -128,6 +135,8 @@ def _rows(root: Path, domain: str) -> list[dict[str, Any]]:
     rows = _json(path)
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
         raise DataError(f"{path}:1: expected a list of objects; restore the file")
+    for name in {"taxi_colors", "taxi_types"} & set(rows[0]):
+        texts(rows[0], name, f"{path}:1", "[0].")
     return rows
 
 
@@ -147,14 +156,15 @@ def _record(id_: str, value: Any, where: str, split: str) -> Record:
 
 
 def _want(value: Any, where: str, domain: str) -> Want:
-    def texts(key: str) -> dict[str, str]:
+    def values(key: str) -> dict[str, str]:
         found = value.get(key) or {} if isinstance(value, dict) else None
         if not isinstance(found, dict):
             raise DataError(f"{where}:goal.{domain}.{key}: expected dict, got {found!r:.200}; restore the record")
         return {slot: str(v) for slot, v in found.items() if "invalid" not in slot}
 
-    reqt = value.get("reqt") if isinstance(value, dict) else None
-    return Want(texts("info"), tuple(reqt or ()), texts("book"), texts("fail_info"), texts("fail_book"))
+    info = values("info")
+    reqt = texts(value, "reqt", where, f"goal.{domain}.") if value.get("reqt") else ()
+    return Want(info, tuple(reqt), values("book"), values("fail_info"), values("fail_book"))
 
 
 def _turn(turn: Any, where: str, index: int) -> tuple[str, Acts]:
@@ -162,9 +172,14 @@ def _turn(turn: Any, where: str, index: int) -> tuple[str, Acts]:
     acts = turn.get("dialog_act", {})
     if isinstance(acts, str):  # "No Annotation"
         acts = {}
-    if not isinstance(acts, dict) or not all(isinstance(pairs, list) for pairs in acts.values()):
+    if not isinstance(acts, dict) or not all(isinstance(pairs, list) and all(map(_pair, pairs)) for pairs in acts.values()):
         raise DataError(f"{where}:log[{index}].dialog_act: expected act -> [[slot, value]], got {acts!r:.200}")
     return text, acts
+
+
+def _pair(value: Any) -> bool:
+    """Whether ``value`` is [slot, value]; some have no value, and some values are no text."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], str)
 
 
 def _strategy(acts: Acts, asked: Acts, where: str) -> str:

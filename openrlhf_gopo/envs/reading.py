@@ -43,6 +43,8 @@ def parse(text: bytes, path: str, first_line: int = 1) -> Any:
     except UnicodeDecodeError as error:
         line = first_line + text.count(b"\n", 0, error.start)
         raise DataError(f"{path}:{line}:byte {error.start}: not UTF-8 ({error.reason}); restore the file") from error
+    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits; nested too deeply
+        raise DataError(f"{path}:{first_line}: not readable ({error}); restore the file") from error
 
 
 def as_object(value: Any, path: str, line: int = 1) -> dict[str, Any]:
@@ -63,6 +65,19 @@ def get(record: Any, key: str, kind: type | tuple[type, ...], where: str, prefix
         expected = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise DataError(f"{where}:{prefix}{key}: expected {expected}, got {value!r:.200}; restore the record")
     return value
+
+
+def texts(record: Any, key: str, where: str, prefix: str = "") -> list[str]:
+    """``record[key]``, checked to be a list of strings.
+
+    Raises:
+        DataError: as ``get``.
+    """
+    values = get(record, key, list, where, prefix)
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise DataError(f"{where}:{prefix}{key}[{index}]: expected str, got {value!r:.200}; restore the record")
+    return values
 
 
 def split_of(dialogue: str) -> str:

@@ -109,7 +109,19 @@ class Endpoint:
         else:
             with self._lock:
                 self.usage.cached += 1
-        return Answer(**json.loads(kept))
+        return self._kept(kept)
+
+    def _kept(self, text: str) -> Answer:
+        """An answer from the cache, a file that others may have written."""
+        try:
+            answer = Answer(**json.loads(text))
+        except (ValueError, TypeError, RecursionError):
+            answer = None
+        if answer is None or not isinstance(answer.text, str) or not isinstance(answer.cut, bool):
+            raise DialogueError(
+                f"{self.flag}: --gopo.llm.cache {self.config.cache}: holds no answer but {text[:80]!r}; name a new file"
+            )
+        return answer
 
     def _ask(self, body: dict[str, Any], until: float) -> Answer:
         """POST with tries; see ``chat``."""
@@ -208,7 +220,7 @@ class Endpoint:
             choice, usage = reply["choices"][0], reply.get("usage") or {}
             text, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
             prompt, completion = int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, OverflowError):
             raise DialogueError(f"{self.flag}: not a chat completion: {_excerpt(raw)}") from None
         if not isinstance(text, str):
             raise DialogueError(f"{self.flag}: a chat completion without text: {_excerpt(raw)}")
@@ -227,7 +239,7 @@ def _checked(model: str, url: str) -> str:
     """``url`` without a closing slash."""
     try:
         parts = httpx.URL(url)
-    except httpx.InvalidURL:
+    except (httpx.InvalidURL, UnicodeError):  # a lone surrogate, a label that IDNA refuses
         parts = httpx.URL()
     if parts.userinfo or parts.query or parts.fragment:
         raise ConfigError(  # what the URL holds may be secret

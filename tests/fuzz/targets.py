@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import sqlite3
@@ -41,6 +42,9 @@ from openrlhf_gopo.users.endpoint import Endpoint
 
 TESTS = Path(__file__).resolve().parents[1]
 SCRATCH = Path(tempfile.mkdtemp(prefix="gopo-fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+
+
+logging.disable(logging.WARNING)  # what converters leave out
 
 
 class Wrong(Exception):
