@@ -33,6 +33,7 @@ BUTTONS = {
 }  # fmt: skip
 OPTIONAL = re.compile(r"^\W*option\b|\b(?:optional|if|alternatively)\b", re.I)
 END = "End Conversation"  # the button after which a guideline goes on for some customers only
+KEYS = ("names", "amounts")  # of a scenario's product
 SPLITS = {"train": "train", "dev": "heldout", "test": "heldout"}
 
 
@@ -225,10 +226,11 @@ def _event(spoken: Any, labelled: Any, where: str, index: int, manual: Manual) -
 def _values(scenario: Mapping[str, Any], where: str) -> dict[str, str]:
     """The scenario by ontology slot, written as a customer would."""
     personal, order = (get(scenario, key, dict, where, "scenario.") for key in ("personal", "order"))
-    product = scenario.get("product") or {}
+    product = get(scenario, "product", dict, where, "scenario.") if scenario.get("product") else {}
+    names, amounts = (get(product, key, list, where, "scenario.product.") if product.get(key) else [] for key in KEYS)
     raw = {**personal, **order, "membership_level": personal.get("member_level")}
-    raw |= {"shipping_option": order.get("shipping_status"), "product": next(iter(product.get("names") or ()), None)}
-    raw["amount"] = next(iter(product.get("amounts") or ()), None)
+    raw |= {"shipping_option": order.get("shipping_status"), "product": next(iter(names), None)}
+    raw["amount"] = next(iter(amounts), None)
     return {slot: write(str(raw[slot])) for slot, write in WRITTEN.items() if raw.get(slot) not in (None, "")}
 
 

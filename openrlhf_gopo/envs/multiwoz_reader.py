@@ -172,7 +172,9 @@ def _turn(turn: Any, where: str, index: int) -> tuple[str, Acts]:
     acts = turn.get("dialog_act", {})
     if isinstance(acts, str):  # "No Annotation"
         acts = {}
-    if not isinstance(acts, dict) or not all(isinstance(pairs, list) and all(map(_pair, pairs)) for pairs in acts.values()):
+    if not isinstance(acts, dict) or not all(
+        isinstance(pairs, list) and all(map(_pair, pairs)) for pairs in acts.values()
+    ):
         raise DataError(f"{where}:log[{index}].dialog_act: expected act -> [[slot, value]], got {acts!r:.200}")
     return text, acts
 

@@ -1,20 +1,45 @@
-"""Hostile variants of good files: of their JSON structure, and of their bytes. A seed gives one sequence of variants."""
+"""Hostile variants of good files: of their JSON structure, and of their bytes. One seed, one sequence of variants."""
 
 from __future__ import annotations
 
 import copy
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 DEEP = 100_000
 ATOMS: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2**31, 2**63, -(2**64), 10**400, 0.0, -0.0, 1e308, 1e-320, 0.5),
-    *(float("nan"), float("inf"), float("-inf"), "", " ", "\x00", "a\x00b", "\ud800", "\udfff\ud800", "\ufeff", "\u2028"),
+    *(
+        float("nan"),
+        float("inf"),
+        float("-inf"),
+        "",
+        " ",
+        "\x00",
+        "a\x00b",
+        "\ud800",
+        "\udfff\ud800",
+        "\ufeff",
+        "\u2028",
+    ),
     *("NaN", "null", "yes", "2026-13-01", "1_0", "0x10", "<<", "*a", "&a x", "!!python/object:os.system x", "---"),
     *("../../etc/passwd", "/etc/passwd", "C:\\x", "a/b", "a:b", "a,b", "a=b", "=1+1", "-", "{}", "[]", "{0}", "%s"),
-    *("</script><script>alert(1)</script>", "<!--", "]]>", "\x1b[2J", "\x9b31m", "\r\n", "\n", "é", "İ", "ß", "㎏", "１２"),
+    *(
+        "</script><script>alert(1)</script>",
+        "<!--",
+        "]]>",
+        "\x1b[2J",
+        "\x9b31m",
+        "\r\n",
+        "\n",
+        "é",
+        "İ",
+        "ß",
+        "㎏",
+        "１２",
+    ),
     *("<|im_end|>", "<|im_start|>system", "</s>", "[INST]", "<s>", "<|eot_id|>", "🙂" * 3, "x" * 3000, "(" * 200),
     *([], {}, [[]], [None], {"": None}, {"a": {"a": {}}}, ["a", "a"], [0], [1.5], [{}], {"id": {}}),
 )
@@ -25,7 +50,23 @@ RAW = (
 )
 BYTES = (
     *(b"\xef\xbb\xbf", b"\xff\xfe", b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\x00", b"\r\n", b"\r", b"\n", b"\n\n"),
-    *(b"\x1f\x8b", b"[", b"{", b"}", b"]", b'"', b",", b":", b"&a ", b"*a", b"<<: ", b"---\n", b"...\n", b"!!set ", b"? "),
+    *(
+        b"\x1f\x8b",
+        b"[",
+        b"{",
+        b"}",
+        b"]",
+        b'"',
+        b",",
+        b":",
+        b"&a ",
+        b"*a",
+        b"<<: ",
+        b"---\n",
+        b"...\n",
+        b"!!set ",
+        b"? ",
+    ),
     *(b"|", b">", b"#", b"%YAML 9.9\n", b"- ", b"  ", b"\t", b"'", b"\\", b"\\u", b"@", b"`", b"\xe2\x80\xa8", b"\x85"),
 )
 _MARK = "@@raw@@"
@@ -66,7 +107,11 @@ class Mutator:
             else:
                 data[a : a + rng.randrange(2)] = rng.choice(BYTES)
         if rng.random() < 0.02:
-            return bytes(data).decode("utf-8", "replace").encode(rng.choice(("utf-16", "utf-32", "utf-7", "cp1252")), "replace")
+            return (
+                bytes(data)
+                .decode("utf-8", "replace")
+                .encode(rng.choice(("utf-16", "utf-32", "utf-7", "cp1252")), "replace")
+            )
         return bytes(data[: rng.randrange(len(data) + 1)]) if rng.random() < 0.05 else bytes(data)
 
     def text(self, good: str = "") -> str:
@@ -128,6 +173,3 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
         for key in list(holder) if isinstance(holder, dict) else range(len(holder)) if isinstance(holder, list) else ():
             yield holder, key
             waiting.append(holder[key])
-
-
-Variant = Callable[[Mutator], bytes]

@@ -24,8 +24,8 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-from mutate import Mutator
-from targets import LITERALS, SCRATCH, TARGETS, Target
+from mutate import Mutator  # noqa: E402 - the path comes first
+from targets import LITERALS, SCRATCH, TARGETS, Target  # noqa: E402
 
 CPU_SECONDS = 2.0
 MEMORY = 256 * 1024  # KiB that one input may add to the largest memory so far
@@ -129,7 +129,9 @@ def _guided(target: Target, inputs: int) -> int:
     corpus.mkdir()
     for number in range(200):
         made = target.make(Mutator(random.Random(number), LITERALS))
-        data = made if isinstance(made, bytes) else made[1] if isinstance(made, tuple) else made.encode("utf-8", "replace")
+        data = (
+            made if isinstance(made, bytes) else made[1] if isinstance(made, tuple) else made.encode("utf-8", "replace")
+        )
         (corpus / str(number)).write_bytes(data)
     atheris.Setup([sys.argv[0], f"-runs={inputs}", "-timeout=5", "-rss_limit_mb=4096", str(corpus)], one)
     atheris.Fuzz()

