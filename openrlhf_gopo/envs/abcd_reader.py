@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import gzip
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import capwords
 from typing import Any
 
-from openrlhf_gopo.envs.reading import as_object, folder, get, parse, shorten, split_of, texts
+from openrlhf_gopo.envs.reading import as_object, folder, get, parse, shorten, split_of, texts, unpacked
 from openrlhf_gopo.errors import DataError
 
 LAYOUT = (
@@ -182,15 +183,19 @@ def _documents(root: Path) -> Iterator[tuple[Any, str, str]]:
     """Every dialogue, where it stands, and its split ("" where the file knows none)."""
     full = [path for path in (root / "abcd_v1.1.json", root / "abcd_v1.1.json.gz") if path.is_file()]
     for path in full[:1] or sorted(root.glob("dialogues*.json")) or sorted(root.glob("abcd_sample.json")):
-        raw = path.read_bytes()
-        try:
-            value = parse(gzip.decompress(raw) if path.suffix == ".gz" else raw, str(path))
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise DataError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
+        value = parse(_gunzipped(path) if path.suffix == ".gz" else path.read_bytes(), str(path))
         parts = value if isinstance(value, dict) else {"": value}
         for part in parts:
             for index, dialogue in enumerate(get(parts, part, list, f"{path}:1")):
                 yield dialogue, f"{path}:1:{part}[{index}]", SPLITS.get(part, "")
+
+
+def _gunzipped(path: Path) -> bytes:
+    try:
+        with gzip.open(path) as file:
+            return unpacked(file, path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
 
 
 def _record(value: Any, where: str, split: str, manual: Manual) -> Record:

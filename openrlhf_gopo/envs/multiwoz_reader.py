@@ -10,8 +10,8 @@ A .json file may also be zipped (val.json.zip).
 
 from __future__ import annotations
 
-import io
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,12 +22,14 @@ from typing import Any
 import yaml
 
 from openrlhf_gopo.envs.base import HumanDialogue, HumanTurn
-from openrlhf_gopo.envs.reading import as_object, folder, get, parse, shorten, split_of, texts
+from openrlhf_gopo.envs.reading import as_object, folder, get, parse, shorten, split_of, texts, unpacked
 from openrlhf_gopo.envs.replayed import BYE
 from openrlhf_gopo.errors import DataError
 
 LAYOUT = "point --gopo.data at a folder with MultiWOZ 2.1's data.json or val.json (or .zip) and its db/<domain>_db.json"
 DOMAINS = ("restaurant", "hotel", "attraction", "train", "taxi", "hospital", "police")
+# What zipfile raises: no member, damaged, encrypted (RuntimeError), packed in an unknown way (NotImplementedError).
+_NO_ZIP = (zipfile.BadZipFile, KeyError, RuntimeError, EOFError, zlib.error, ValueError, OSError)
 Acts = Mapping[str, Sequence[Sequence[str]]]
 
 
@@ -117,13 +119,13 @@ def _find(root: Path, name: str) -> Path | None:
 
 
 def _json(path: Path) -> Any:
-    raw = path.read_bytes()
-    if path.suffix == ".zip":
-        try:
-            with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-                raw = archive.read(path.stem)
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise DataError(f"{path}: not a zip file that holds {path.stem} ({error}); fetch it again") from error
+    if path.suffix != ".zip":
+        return parse(path.read_bytes(), str(path))
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(path.stem) as file:
+            raw = unpacked(file, path)
+    except _NO_ZIP as error:
+        raise DataError(f"{path}: not a zip file that holds {path.stem} ({error}); fetch it again") from error
     return parse(raw, str(path))
 
 

@@ -6,11 +6,12 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from openrlhf_gopo.errors import ConfigError, DataError
 
 HELDOUT_PERCENT = 20
+MAX_UNPACKED = 1 << 30  # bytes; the largest of these data sets has a quarter of it
 MAX_WORDS = 60  # of one replayed utterance: the reader keeps a verbatim prefix
 CLEAR = {"yes", "no", "true", "false", "n/a", "none"}  # values that occur in any text: never found by looking
 
@@ -45,6 +46,18 @@ def parse(text: bytes, path: str, first_line: int = 1) -> Any:
         raise DataError(f"{path}:{line}:byte {error.start}: not UTF-8 ({error.reason}); restore the file") from error
     except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits; nested too deeply
         raise DataError(f"{path}:{first_line}: not readable ({error}); restore the file") from error
+
+
+def unpacked(file: IO[bytes], path: Path) -> bytes:
+    """What an opened member of an archive holds.
+
+    Raises:
+        DataError: more than ``MAX_UNPACKED`` bytes: a few packed ones can be made to fill any memory.
+    """
+    raw = file.read(MAX_UNPACKED + 1)
+    if len(raw) > MAX_UNPACKED:
+        raise DataError(f"{path}: unpacks to more than {MAX_UNPACKED} bytes (reading.MAX_UNPACKED); fetch it again")
+    return raw
 
 
 def as_object(value: Any, path: str, line: int = 1) -> dict[str, Any]:

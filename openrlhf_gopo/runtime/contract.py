@@ -2,7 +2,8 @@
 
 ``SUPPORTED`` are the versions that it was tested with. On another one ``check_upstream`` warns and reads upstream's
 sources: what is missing or has another signature is an error before anything starts, and not a traceback hours later.
-``tests/contract`` holds the same lists against the objects of the installed packages.
+``tests/contract`` holds the same lists against the objects of the installed packages. The file is long because it is
+one list.
 """
 
 from __future__ import annotations

@@ -229,6 +229,9 @@ class Endpoint:
                 f"{self.flag}: does not count tokens, --gopo.llm.budget_tokens {self.config.budget_tokens} cannot be "
                 "kept; use --gopo.llm.budget_requests"
             )
+        key = self._key()
+        if len(key) >= _KEY_LENGTH:  # an echo that was written with JSON's escapes
+            text = text.replace(key, "[key]")
         with self._lock:
             self.usage.prompt_tokens += prompt
             self.usage.completion_tokens += completion
