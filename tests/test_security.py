@@ -6,6 +6,7 @@ import ast
 import gzip
 import io
 import json
+import re
 import shutil
 import zipfile
 from collections import Counter
@@ -107,19 +108,9 @@ def test_the_search_lets_safe_loads_pass() -> None:
 
 
 def test_the_yaml_loader_of_the_shops_texts_is_a_safe_one() -> None:
-    import yaml
 
     source = (ROOT / "openrlhf_gopo/envs/shop_texts.py").read_text(encoding="utf-8")
-    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
-    bases = [ast.unparse(base) for node in classes for base in node.bases]
-    made = [
-        ast.unparse(n.args[1])
-        for n in ast.walk(ast.parse(source))
-        if isinstance(n, ast.Call) and ast.unparse(n.func) == "type"
-    ]
-    assert any("SafeLoader" in base for base in [*bases, *made])
-    assert not any(name in source for name in ("yaml.Loader", "UnsafeLoader", "FullLoader"))
-    assert issubclass(yaml.SafeLoader, yaml.constructor.SafeConstructor)
+    assert set(re.findall(r"yaml\.(\w*Loader)|\"(\w*Loader)\"", source)) == {("SafeLoader", ""), ("", "CSafeLoader")}
 
 
 # -- paths ---------------------------------------------------------------------------------------------------------

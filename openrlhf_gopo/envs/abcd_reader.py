@@ -193,7 +193,7 @@ def _documents(root: Path) -> Iterator[tuple[Any, str, str]]:
 def _gunzipped(path: Path) -> bytes:
     try:
         with gzip.open(path) as file:
-            return unpacked(file, path)
+            return unpacked(file.read, path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
 

@@ -123,7 +123,7 @@ def _json(path: Path) -> Any:
         return parse(path.read_bytes(), str(path))
     try:
         with zipfile.ZipFile(path) as archive, archive.open(path.stem) as file:
-            raw = unpacked(file, path)
+            raw = unpacked(file.read, path)
     except _NO_ZIP as error:
         raise DataError(f"{path}: not a zip file that holds {path.stem} ({error}); fetch it again") from error
     return parse(raw, str(path))

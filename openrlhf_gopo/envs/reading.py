@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from openrlhf_gopo.errors import ConfigError, DataError
 
@@ -48,13 +49,13 @@ def parse(text: bytes, path: str, first_line: int = 1) -> Any:
         raise DataError(f"{path}:{first_line}: not readable ({error}); restore the file") from error
 
 
-def unpacked(file: IO[bytes], path: Path) -> bytes:
-    """What an opened member of an archive holds.
+def unpacked(read: Callable[[int], bytes], path: Path) -> bytes:
+    """What an opened archive or member of one holds; ``read`` reads so many bytes of it at most.
 
     Raises:
         DataError: more than ``MAX_UNPACKED`` bytes: a few packed ones can be made to fill any memory.
     """
-    raw = file.read(MAX_UNPACKED + 1)
+    raw = read(MAX_UNPACKED + 1)
     if len(raw) > MAX_UNPACKED:
         raise DataError(f"{path}: unpacks to more than {MAX_UNPACKED} bytes (reading.MAX_UNPACKED); fetch it again")
     return raw

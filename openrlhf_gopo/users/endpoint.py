@@ -24,6 +24,8 @@ from openrlhf_gopo.errors import ConfigError, DialogueError
 from openrlhf_gopo.users.cache import Cache
 
 logger = logging.getLogger(__name__)
+# At DEBUG it logs the headers of answers, and an endpoint may echo the key in one.
+logging.getLogger("httpcore").setLevel(logging.INFO)
 
 MAX_BODY = 1 << 20  # bytes of one answer
 REPORT_EVERY = 200  # requests between two log lines with the usage

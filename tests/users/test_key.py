@@ -48,8 +48,6 @@ def test_the_key_is_nowhere_after_a_dialogue_that_failed(server, policy, tmp_pat
     monkeypatch.setenv("MY_KEY", KEY)
     monkeypatch.setattr("openrlhf_gopo.users.endpoint._FIRST_WAIT", 0.01)
     caplog.set_level(logging.DEBUG)
-    for name in ("httpx", "httpcore", "openrlhf_gopo", "asyncio"):
-        logging.getLogger(name).setLevel(logging.DEBUG)
     reply, url = WAYS[way], server.url if WAYS[way] else "http://127.0.0.1:9/v1"
     server.script.extend([reply] * 30 if reply else [])
     config = LlmConfig(api_key_env="MY_KEY", attempts=2, timeout=0.3, cache=str(tmp_path / "answers.sqlite"))
