@@ -39,6 +39,7 @@ ALLOWED = {
         "upstream's installed module, which the run executes anyway",
     ),
     ("openrlhf_gopo/runtime/upstream_cli.py", "runpy.run_path"): (1, "the same"),
+    ("openrlhf_gopo/runtime/upstream_cli.py", "compile"): (1, "the same"),
     ("openrlhf_gopo/platform/__main__.py", "runpy.run_module"): (1, "the program that the user names"),
     ("openrlhf_gopo/plugins.py", "spec.loader.exec_module"): (1, "path/to/file.py:Class, named by the user"),
     ("openrlhf_gopo/platform/imports.py", "loader.exec_module"): (0, "wraps the import of upstream's modules"),

@@ -10,6 +10,7 @@ bytes of the one ``--target`` that is given.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import resource
 import shutil
@@ -24,8 +25,13 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-from mutate import Mutator  # noqa: E402 - the path comes first
-from targets import LITERALS, SCRATCH, TARGETS, Target  # noqa: E402
+with contextlib.ExitStack() as _stack:
+    if "--atheris" in sys.argv:
+        import atheris
+
+        _stack.enter_context(atheris.instrument_imports(include=["openrlhf_gopo"], enable_loader_override=False))
+    from mutate import Mutator
+    from targets import LITERALS, SCRATCH, TARGETS, Target
 
 CPU_SECONDS = 2.0
 MEMORY = 256 * 1024  # KiB that one input may add to the largest memory so far
@@ -98,7 +104,7 @@ def _tried(target: Target, given: Any) -> tuple[str, str, bool]:
 def _place(error: BaseException) -> str:
     """Kind of error and the innermost line of the package, so that one fault is told once."""
     frames: Iterator[Any] = reversed(traceback.extract_tb(error.__traceback__))
-    inner = next((f for f in frames if "openrlhf_gopo" in f.filename or "fuzz" in f.filename), None)
+    inner = next((f for f in frames if "openrlhf_gopo" in f.filename or f.filename.endswith("targets.py")), None)
     where = f"{Path(inner.filename).name}:{inner.lineno} in {inner.name}" if inner else "?"
     return f"{type(error).__name__} at {where}"
 
@@ -113,8 +119,6 @@ def _tell(target: Target, number: int, given: Any, problem: str, findings: Path 
 
 def _guided(target: Target, inputs: int) -> int:
     """libFuzzer's search for new paths; it stops at the first finding."""
-    import atheris
-
     sample = target.make(Mutator(random.Random(0), LITERALS))
 
     def one(data: bytes) -> None:

