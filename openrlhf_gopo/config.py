@@ -289,4 +289,5 @@ def _check_values(config: Any, prefix: str) -> None:
 
 def _require(ok: bool, name: str, value: Any, remedy: str) -> None:
     if not ok:
-        raise ConfigError(f"{name} {value}: {remedy}")
+        shown = str(value)
+        raise ConfigError(f"{name} {shown if len(shown) <= 200 else shown[:197] + '...'}: {remedy}")

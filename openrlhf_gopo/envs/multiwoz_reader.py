@@ -28,6 +28,7 @@ from openrlhf_gopo.errors import DataError
 
 LAYOUT = "point --gopo.data at a folder with MultiWOZ 2.1's data.json or val.json (or .zip) and its db/<domain>_db.json"
 DOMAINS = ("restaurant", "hotel", "attraction", "train", "taxi", "hospital", "police")
+TITLES = ("leaveAt", "name", "department")  # the field that names a row: the first that it has
 # What zipfile raises: no member, damaged, encrypted (RuntimeError), packed in an unknown way (NotImplementedError).
 _NO_ZIP = (zipfile.BadZipFile, KeyError, RuntimeError, EOFError, zlib.error, ValueError, OSError)
 Acts = Mapping[str, Sequence[Sequence[str]]]
@@ -137,6 +138,9 @@ def _rows(root: Path, domain: str) -> list[dict[str, Any]]:
     rows = _json(path)
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
         raise DataError(f"{path}:1: expected a list of objects; restore the file")
+    for index, row in enumerate(rows) if domain != "taxi" else ():
+        if not any(name in row for name in TITLES):
+            raise DataError(f"{path}:1:[{index}]: has none of {', '.join(TITLES)}; restore the row")
     for name in {"taxi_colors", "taxi_types"} & set(rows[0]):
         texts(rows[0], name, f"{path}:1", "[0].")
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ def folder(name: str, data: str | None, layout: str) -> Path:
     """
     if data is None:
         raise ConfigError(f"--gopo.data None: the environment {name} needs its data; {layout}")
-    if not Path(data).is_dir():
+    if not os.path.isdir(data):  # False too for a name that is too long, where Path.is_dir raises
         raise DataError(f"--gopo.data {data}: no such folder; {layout}")
     return Path(data)
 

@@ -12,15 +12,18 @@ Find = Callable[[str], Path | None]  # the source file of a module
 
 
 def source_file(module: str) -> Path | None:
-    """The file of ``module``; its parent packages, which import half the stack, stay unimported."""
+    """The file of an installed module; its parent packages, which import half the stack, stay unimported."""
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top)
-    for root in (spec.submodule_search_locations if spec else None) or ():
-        path = Path(root).joinpath(*rest)
-        for file in (path.with_suffix(".py") if rest else path / "__init__.py", path / "__init__.py"):
-            if file.is_file():
-                return file
-    return None
+    found = (file_in(Path(root), rest) for root in (spec.submodule_search_locations if spec else None) or ())
+    return next((file for file in found if file is not None), None)
+
+
+def file_in(package: Path, names: list[str]) -> Path | None:
+    """The file of the module that ``names`` lead to inside a package's folder."""
+    path = package.joinpath(*names)
+    files = [*([path.with_suffix(".py")] if names else []), path / "__init__.py"]
+    return next((file for file in files if file.is_file()), None)
 
 
 class Sources:

@@ -15,7 +15,7 @@ import pytest
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.runtime import contract
 from openrlhf_gopo.runtime.contract import CPU_NAMES, DECORATED, FLAGS, NAMES, NAMESPACES, PLAIN, SIGNATURES, breaks
-from openrlhf_gopo.runtime.sources import Find, source_file
+from openrlhf_gopo.runtime.sources import Find, file_in, source_file
 
 pytest.importorskip("openrlhf")
 ROOT = Path(__file__).parents[2]
@@ -32,11 +32,7 @@ def copied(tmp_path: Path) -> tuple[Path, Find]:
 
     def find(module: str) -> Path | None:
         top, *rest = module.split(".")
-        if top != "openrlhf":
-            return source_file(module)
-        path = tree.joinpath(*rest)
-        files = [path / "__init__.py", *([path.with_suffix(".py")] if rest else [])]
-        return next((file for file in files if file.is_file()), None)
+        return file_in(tree, rest) if top == "openrlhf" else source_file(module)
 
     return tree, find
 

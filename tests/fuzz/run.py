@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGPROF, _hang)
     try:
         if args.atheris:
-            return _guided(chosen[0], args.inputs)
+            return _guided(chosen[0], args.inputs, args.findings)
         return _mutated(chosen, args.inputs, args.seed, args.findings)
     finally:
         shutil.rmtree(SCRATCH, ignore_errors=True)
@@ -117,7 +117,7 @@ def _tell(target: Target, number: int, given: Any, problem: str, findings: Path 
         (findings / f"{name}_{number}.txt").write_text(f"{problem}\n{given!r}\n", errors="backslashreplace")
 
 
-def _guided(target: Target, inputs: int) -> int:
+def _guided(target: Target, inputs: int, findings: Path | None) -> int:
     """libFuzzer's search for new paths; it stops at the first finding."""
     sample = target.make(Mutator(random.Random(0), LITERALS))
 
@@ -137,7 +137,11 @@ def _guided(target: Target, inputs: int) -> int:
             made if isinstance(made, bytes) else made[1] if isinstance(made, tuple) else made.encode("utf-8", "replace")
         )
         (corpus / str(number)).write_bytes(data)
-    atheris.Setup([sys.argv[0], f"-runs={inputs}", "-timeout=5", "-rss_limit_mb=4096", str(corpus)], one)
+    keep = []
+    if findings is not None:
+        findings.mkdir(parents=True, exist_ok=True)
+        keep = [f"-artifact_prefix={findings}/"]
+    atheris.Setup([sys.argv[0], f"-runs={inputs}", "-timeout=5", "-rss_limit_mb=4096", *keep, str(corpus)], one)
     atheris.Fuzz()
     return 0
 

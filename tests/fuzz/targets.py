@@ -250,13 +250,13 @@ def _answer(data: bytes) -> None:
 def _kept(text: str) -> None:
     """An answer out of a cache that somebody else wrote."""
     path = str(SCRATCH / "answers.sqlite")
-    endpoint = _endpoint(path)
+    endpoint, data = _endpoint(path), text.encode("utf-8", "replace")
     with contextlib.closing(sqlite3.connect(path)) as base, base:
         keys = [row[0] for row in base.execute("SELECT request FROM answers")]
         if not keys:
             endpoint._post = lambda body, until: json.dumps(ANSWER).encode()  # type: ignore[method-assign]
             endpoint.chat([], 0, 1e12)
-        base.execute("UPDATE answers SET answer = ?", (text.encode("utf-8", "replace") if len(text) % 7 else text,))
+        base.execute("UPDATE answers SET answer = ?", (data if len(data) % 7 else data.decode(),))
     answer = endpoint.chat([], 0, 1e12)
     if not isinstance(answer.text, str) or not isinstance(answer.cut, bool):
         raise Wrong(f"{answer!r:.200}")
@@ -401,6 +401,11 @@ def _stream_text(m: Mutator) -> tuple[str, tuple[str, ...]]:
     return m.rng.choice(sorted(_policies())), tuple(m.text() for _ in range(4))
 
 
+def _label_text(m: Mutator) -> tuple[str, tuple[str, ...]]:
+    name, texts = _stream_text(m)
+    return name, tuple(m.rng.choice((*texts, "A", "B", "7", " C ")) for _ in texts)
+
+
 def _message(given: tuple[str, tuple[str, ...]]) -> None:
     """One message: its control tokens are those of an empty message, and ordinary text comes back."""
     name, (text, *_) = given
@@ -497,7 +502,8 @@ def _report(texts: tuple[str, ...]) -> None:
     if page.tags != _plain_page().tags:
         raise Wrong(f"other markup: {page.tags - _plain_page().tags} {_plain_page().tags - page.tags}")
     told = json.loads(page.data)["dialogues"][0]
-    if told["turns"][0]["reply"] != texts[2] or told["goal"]["intent"] != texts[0]:
+    words, intent = (json.loads(json.dumps(text)) for text in (texts[2], texts[0]))  # JSON joins halves of a character
+    if told["turns"][0]["reply"] != words or told["goal"]["intent"] != intent:
         raise Wrong(f"{texts!r} came back as {told!r:.500}")
 
 
@@ -524,7 +530,7 @@ TARGETS = (
     Target("users by name", 0.0005, lambda m: m.text("llm:m@http://localhost:1/v1"), _user),
     Target("environments by name", 0.002, lambda m: m.text(m.rng.choice(("a.py:B", "star", "x/y.py:"))), _env),
     Target("flags (config)", 0.08, _flags, _config),
-    Target("labels", 0.0005, _stream_text, _labels),
+    Target("labels", 0.0005, _label_text, _labels),
     Target("messages (policy/template)", 0.015, _stream_text, _message),
     Target("dialogues (policy/two_level)", 0.003, _stream_text, _dialogue),
     Target("report", 0.001, lambda m: tuple(m.text("w") for _ in range(4)), _report),

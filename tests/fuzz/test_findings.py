@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from openrlhf_gopo.config import GopoConfig, LlmConfig, PreferenceConfig
-from openrlhf_gopo.envs import load_environment
+from openrlhf_gopo.envs import Environment, load_environment
 from openrlhf_gopo.envs.reading import parse
 from openrlhf_gopo.errors import ConfigError, DataError, DialogueError
 from openrlhf_gopo.evaluation.curves import Metrics
@@ -119,6 +119,20 @@ def changed(tmp_path: Path, name: str, file: str, old: str, new: str) -> str:
             r"targets\[0\]: .* is no subflow",
         ),
         ("abcd", "dialogues_dev.json", '"names": []', '"names": 0.5', r"scenario\.product\.names: expected list"),
+        (
+            "multiwoz",
+            "db/restaurant_db.json",
+            '"name"',
+            '"title"',
+            r"restaurant_db\.json:1:\[0\]: has none of leaveAt, ",
+        ),
+        (
+            "star",
+            "dialogues_01.jsonl",
+            '"UserQuestionnaire": [',
+            '"UserQuestionnaire": 0.5, "x": [',
+            r"UserQuestionnaire: e",
+        ),
         ("multiwoz", "valListFile", "SNG1", "\udcd7SNG1", r"valListFile:byte 0: not UTF-8"),
         ("multiwoz", "val.json", '[["', '[[{"a": 1}, "', r"dialog_act: expected act -> \[\[slot, value\]\]"),
         ("multiwoz", "db/taxi_db.json", '["blue"]', '{"a": 1}', r"taxi_db\.json:1:\[0\]\.taxi_colors: expected list"),
@@ -130,25 +144,27 @@ def test_published_data_sets(tmp_path: Path, name: str, file: str, old: str, new
         load_environment(name, folder)
 
 
-def test_a_star_dialogue_whose_task_lacks_the_strategy_it_needs(tmp_path: Path) -> None:
-    """The wizard said hello first, but no file of the task knows the label."""
+def test_a_star_dialogue_in_which_nothing_is_left_to_do(tmp_path: Path) -> None:
+    """Its first query names a slot that nobody can tell."""
     here = tmp_path / "star"
     shutil.copytree(FIXTURES / "star_fixture", here)
-    for file in ("tasks/table_book/table_book.json", "tasks/table_book/responses.json"):
-        value = json.loads((here / file).read_text())
-        for part in (value, value.get("replies", {}), value.get("graph", {})):
-            part.pop("hello", None)
-        (here / file).write_text(json.dumps(value))
-    try:
-        env = load_environment("star", str(here))
-    except DataError:
-        return
-    goals = [*env.goals("train"), *env.goals("heldout")]
-    for goal in goals:
-        try:
-            env.start(goal, 0).relevance()
-        except DataError as error:
-            assert "restore tasks/" in str(error)  # noqa: PT017 - some goals do without
+    first, *others = (here / "dialogues_01.jsonl").read_text().splitlines()
+    record = json.loads(first)
+    constraints = next(event["Constraints"] for event in record["Events"] if event["Action"] == "query")
+    constraints[1] = {"a": constraints[1]}
+    (here / "dialogues_01.jsonl").write_text("\n".join([json.dumps(record), *others]))
+    env = load_environment("star", str(here))
+    goal = next(g for split in ("train", "heldout") for g in env.goals(split) if g.id == "star-0")
+    with pytest.raises(DataError, match=r"--gopo\.data: dialogue 0: no strategy of its tasks does what it needs next"):
+        play(env, goal)
+
+
+def play(env: Environment, goal: Goal) -> None:
+    dialogue = env.start(goal, 0)
+    for _ in range(env.turn_limit(goal)):
+        grades = dialogue.relevance()
+        best = max(grades, key=lambda strategy: grades[strategy])
+        dialogue.step(best, dialogue.reference_reply(best))
 
 
 def test_a_damaged_cache(tmp_path: Path) -> None:
@@ -194,6 +210,19 @@ def test_a_count_of_tokens_that_is_infinite() -> None:
     body = '{"choices": [{"message": {"content": "Hello."}}], "usage": {"prompt_tokens": Infinity}}'
     with pytest.raises(DialogueError, match="not a chat completion"):
         Endpoint("m", "http://localhost:9/v1", LlmConfig())._read(body.encode())
+
+
+def test_names_too_long_for_a_file() -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_environment("x" * 5000 + ".py:Env")
+    with pytest.raises(DataError, match=r"--gopo\.data .*: no such folder"):
+        load_environment("star", "x" * 5000)
+
+
+def test_a_message_shows_the_beginning_of_a_huge_value() -> None:
+    with pytest.raises(ConfigError) as error:
+        LlmConfig(extra_body=DEEP)
+    assert len(str(error.value)) < 400
 
 
 def test_a_url_with_half_a_character() -> None:
