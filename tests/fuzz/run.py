@@ -19,7 +19,6 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,10 @@ with contextlib.ExitStack() as _stack:
         import atheris
 
         _stack.enter_context(atheris.instrument_imports(include=["openrlhf_gopo"], enable_loader_override=False))
+    from fuzz_streams import LITERALS
+    from kit import SCRATCH, Target
     from mutate import Mutator
-    from targets import LITERALS, SCRATCH, TARGETS, Target
+    from targets import TARGETS
 
 CPU_SECONDS = 2.0
 MEMORY = 256 * 1024  # KiB that one input may add to the largest memory so far
@@ -102,11 +103,14 @@ def _tried(target: Target, given: Any) -> tuple[str, str, bool]:
 
 
 def _place(error: BaseException) -> str:
-    """Kind of error and the innermost line of the package, so that one fault is told once."""
-    frames: Iterator[Any] = reversed(traceback.extract_tb(error.__traceback__))
-    inner = next((f for f in frames if "openrlhf_gopo" in f.filename or f.filename.endswith("targets.py")), None)
-    where = f"{Path(inner.filename).name}:{inner.lineno} in {inner.name}" if inner else "?"
+    """Kind of error and the innermost line of the package or of a target, so that one fault is told once."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _told(Path(f.filename))]
+    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}" if frames else "?"
     return f"{type(error).__name__} at {where}"
+
+
+def _told(file: Path) -> bool:
+    return "openrlhf_gopo" in file.parts or file.name.startswith(("kit", "fuzz_"))
 
 
 def _tell(target: Target, number: int, given: Any, problem: str, findings: Path | None) -> None:

@@ -45,7 +45,7 @@ def test_nothing_is_found() -> None:
             "import openrlhf_gopo.policy.template as m\n"
             "m.ChatTemplate._check = lambda *_: None\n"
             "m.ChatTemplate._tokens = lambda s, *parts, behind=None: s._encode(''.join(parts), s._stop)",
-            "Wrong at targets.py",
+            "Wrong at fuzz_streams.py",
         ),
         (
             "metrics",
