@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, field, fields
 from typing import Any
@@ -25,14 +26,18 @@ def default(f: Field) -> Any:
     return f.default
 
 
-def check_choices(config: Any, prefix: str) -> None:
+def check_values(config: Any, prefix: str) -> None:
+    """What holds for every flag of a kind: one of its choices, no NaN and no infinity."""
     for f in flags(type(config)):
-        choices = f.metadata["choices"]
+        choices, value = f.metadata["choices"], getattr(config, f.name)
+        if isinstance(value, float):
+            require(math.isfinite(value), f"--{prefix}.{f.name}", value, "give a finite number")
         if choices:
-            value = getattr(config, f.name)
             require(value in choices, f"--{prefix}.{f.name}", value, f"choose one of {', '.join(choices)}")
 
 
 def require(ok: bool, name: str, value: Any, remedy: str) -> None:
+    """Raise a ConfigError that names the flag, its value and the remedy, unless ``ok``."""
     if not ok:
-        raise ConfigError(f"{name} {value}: {remedy}")
+        shown = str(value)
+        raise ConfigError(f"{name} {shown if len(shown) <= 200 else shown[:197] + '...'}: {remedy}")

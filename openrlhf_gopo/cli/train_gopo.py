@@ -178,7 +178,10 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, check, train, report. Every expected error is one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    from openrlhf_gopo.runtime.contract import check_upstream
+
     try:
+        check_upstream(platform.is_cpu)
         args, config = parse(argv)
         platform.activate()  # before transformers is imported
         _run(args, config)

@@ -21,10 +21,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from openrlhf_gopo.errors import ConfigError
+from openrlhf_gopo.runtime.contract import SUPPORTED
 
 MODULE = "openrlhf.cli.train_ppo_ray"
 HELPERS = "openrlhf.utils.config"  # of the standard library only, but its package imports DeepSpeed
-SUPPORTED = ("0.11.2",)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _find_source(module: str) -> Path:
     except ModuleNotFoundError:
         spec = None
     if spec is None or spec.origin is None:
-        raise ConfigError(f"{module} is not installed: install openrlhf=={SUPPORTED[-1]}")
+        raise ConfigError(f"{module} is not installed: install openrlhf=={SUPPORTED['openrlhf'][-1]}")
     return Path(spec.origin)
 
 
@@ -164,6 +164,5 @@ def _unexpected(path: Path, what: str) -> ConfigError:
         version = importlib.metadata.version("openrlhf")
     except importlib.metadata.PackageNotFoundError:
         version = "of unknown version"
-    return ConfigError(
-        f"{path}: {what}; found openrlhf {version}, this plugin knows {', '.join(SUPPORTED)}: install one of these"
-    )
+    known = ", ".join(SUPPORTED["openrlhf"])
+    return ConfigError(f"{path}: {what}; found openrlhf {version}, this plugin knows {known}: install one of these")
