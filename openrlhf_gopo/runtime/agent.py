@@ -7,6 +7,9 @@ vllm_engine.py:17), so everything a dialogue needs arrives with its request, in 
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from openrlhf.utils.agent import AgentExecutorBase
@@ -22,6 +25,9 @@ from openrlhf_gopo.types import StopReason, Trajectory
 class AgentExecutor(AgentExecutorBase):
     """Plays dialogues; upstream's rollout actor calls ``execute`` once per sample, all of them at once."""
 
+    def __init__(self) -> None:
+        self._alone = asyncio.Lock()
+
     async def execute(
         self,
         prompt: str,
@@ -33,11 +39,17 @@ class AgentExecutor(AgentExecutorBase):
         images: Any = None,
     ) -> Trajectory:
         """One dialogue. A failed one is run again with the same seed, ``attempts`` times in all."""
-        env, policy = build_policy(label.spec)
-        responder = _local(llm_engine)
-        expert = responder if label.expert_engine is None else _remote(label.expert_engine)
         sample = label.claim()
+        async with self._alone if label.deterministic else nullcontext():
+            return await self._play(label, sample, llm_engine)
+
+    async def _play(self, label: DialogueRequest, sample: int, engine: Any) -> Trajectory:
+        env, policy = build_policy(label.spec)
         for attempt in range(label.attempts):
+            responder = _local(engine, label.sampling_seeds(sample, RESPONDER))
+            seeds = label.sampling_seeds(sample, EXPERT)
+            own = label.expert_engine is not None
+            expert = _remote(label.expert_engine, seeds) if own else _local(engine, seeds)
             trajectory = await run_dialogue(
                 env,
                 label.goal,
@@ -52,12 +64,13 @@ class AgentExecutor(AgentExecutorBase):
         return trajectory
 
 
-def sampling_params(sampling: Sampling) -> SamplingParams:
+def sampling_params(sampling: Sampling, seed: int | None = None) -> SamplingParams:
     """vLLM's form. No ``min_tokens``: it would mask the stop token and bend the distribution that is trained on."""
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        seed=seed,
         stop_token_ids=None if sampling.stop_token is None else [sampling.stop_token],
         allowed_token_ids=None if sampling.allowed is None else list(sampling.allowed),
         logprobs=0,  # the sampled token's own, under the distribution it was drawn from (processed_logprobs)
@@ -71,15 +84,15 @@ def _generation(output: Any) -> Generation:
     return Generation(tokens, [float(lp[t].logprob) for t, lp in zip(tokens, completion.logprobs, strict=True)])
 
 
-def _local(engine: Any) -> Generate:
+def _local(engine: Any, seeds: Iterator[int | None]) -> Generate:
     async def generate(tokens: list[int], sampling: Sampling) -> Generation:
-        return _generation(await engine.generate(list(tokens), sampling_params(sampling)))
+        return _generation(await engine.generate(list(tokens), sampling_params(sampling, next(seeds))))
 
     return generate
 
 
-def _remote(engine: Any) -> Generate:
+def _remote(engine: Any, seeds: Iterator[int | None]) -> Generate:
     async def generate(tokens: list[int], sampling: Sampling) -> Generation:
-        return _generation(await engine.generate.remote(list(tokens), sampling_params(sampling)))
+        return _generation(await engine.generate.remote(list(tokens), sampling_params(sampling, next(seeds))))
 
     return generate

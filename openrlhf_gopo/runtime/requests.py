@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +37,11 @@ class PolicySpec:
 
 @dataclass
 class DialogueRequest:
-    """One group: K dialogues about ``goal``. ``expert_engine`` is None when one engine serves both roles."""
+    """One group: K dialogues about ``goal``. ``expert_engine`` is None when one engine serves both roles.
+
+    ``deterministic``: every token is drawn from a seed of its own, and dialogues of one engine take turns, so that what
+    a model computes does not depend on what else is in its batch.
+    """
 
     goal: Goal
     spec: PolicySpec
@@ -43,6 +49,7 @@ class DialogueRequest:
     seed: int
     common_random_numbers: bool
     attempts: int
+    deterministic: bool = False
     expert_engine: Any = None
     _claimed: int = field(default=0, repr=False)
 
@@ -53,8 +60,16 @@ class DialogueRequest:
 
     def dialogue_seed(self, sample: int) -> int:
         """Seed of the user simulator: of (run, goal, sample), or of (run, goal) with common random numbers."""
-        key = f"{self.seed}:{self.goal.id}:{0 if self.common_random_numbers else sample}"
-        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
+        return _number(f"{self.seed}:{self.goal.id}:{0 if self.common_random_numbers else sample}")
+
+    def sampling_seeds(self, sample: int, role: str) -> Iterator[int | None]:
+        """One seed per call of the role's engine; None (the engine's own generator) unless ``deterministic``."""
+        for call in count():
+            yield _number(f"{self.seed}:{self.goal.id}:{sample}:{role}:{call}") if self.deterministic else None
+
+
+def _number(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
 
 
 def policy_spec(args: SimpleNamespace, config: GopoConfig) -> PolicySpec:

@@ -45,7 +45,9 @@ def recorded_flags(args: SimpleNamespace, config: GopoConfig) -> dict[str, Any]:
     flat = {n: v for n, v in flat.items() if n.split(".")[0] not in {"expert", "critic"} - groups.keys()}
     flat |= {f"{name}.ranks": group.num_nodes * group.num_gpus_per_node for name, group in groups.items()}
     if flat.get("gopo.user"):
-        flat["gopo.user"] = re.sub(r"//[^/@,]*@|\?[^,]*", lambda m: "//" if m[0].startswith("//") else "", flat["gopo.user"])
+        flat["gopo.user"] = re.sub(
+            r"//[^/@,]*@|\?[^,]*", lambda m: "//" if m[0].startswith("//") else "", flat["gopo.user"]
+        )
     return {name: value for name, value in sorted(flat.items()) if name not in UNRECORDED}
 
 
@@ -77,7 +79,7 @@ def check_flags(saved: Mapping[str, Any], now: Mapping[str, Any], tag: str) -> l
         ConfigError: flags changed that may not; names all of them.
     """
     names = [n for n in sorted({*saved, *now}) if saved.get(n) != now.get(n) and n not in UNRECORDED]
-    breaking = [n for n in names if n in BREAKING or n.split(".")[-1] in BREAKING_OF_GROUP and n.count(".") == 1]
+    breaking = [n for n in names if n in BREAKING or (n.split(".")[-1] in BREAKING_OF_GROUP and n.count(".") == 1)]
     if breaking:
         changed = "; ".join(f"--{n} was {saved.get(n)}, is {now.get(n)}" for n in breaking)
         raise ConfigError(
@@ -106,7 +108,9 @@ def cut_logs(results: Path, offsets: Mapping[str, Any]) -> list[str]:
     for name in LOGS:
         path, offset = results / name, offsets.get(name, 0)
         if offsets.get("results") != str(results.resolve()):
-            return [f"{results}: not the folder of the checkpoint ({offsets.get('results')}); its logs stay as they are"]
+            return [
+                f"{results}: not the folder of the checkpoint ({offsets.get('results')}); its logs stay as they are"
+            ]
         size = path.stat().st_size if path.is_file() else 0
         if size < offset:
             notices.append(f"{path}: {size} bytes, the checkpoint knew {offset}; left as it is")
