@@ -8,6 +8,7 @@ its files with pickle: resume only from folders you trust.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import torch
 from openrlhf.utils.logging_utils import init_logger
 from ray.exceptions import RayActorError, RayTaskError
 
-from openrlhf_gopo.config import RESPONDER, GopoConfig
+from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.errors import CheckpointError, ConfigError
 from openrlhf_gopo.evaluation.records import append_trajectory, read_trajectories
 from openrlhf_gopo.runtime.manifest import START, CheckpointFolder, CheckpointSet, unwritten
@@ -125,11 +126,11 @@ class Checkpoints:
             "best": {
                 "key": trainer.best_eval_metric_key,
                 "value": _finite(trainer.best_eval_metric_value),
-                "latest": trainer._latest_eval_metric_value,
+                "latest": _finite(trainer._latest_eval_metric_value),
             },
             "logs": log_offsets(self.results),
         }
-        metric, step = trainer._latest_eval_metric_value, position["global_step"]
+        metric, step = state["best"]["latest"], position["global_step"]
         self.folder.commit(tag, step, parts, metric=metric, state=state, flags=self.flags)
 
     def _save_models(self, roles: dict[str, Role], tag: str) -> None:
@@ -185,8 +186,8 @@ class Checkpoints:
 
 def _models(roles: dict[str, Role]) -> list[Role]:
     """The roles with a model of their own: with sharing, the responder alone."""
-    return list({id(role.actor): role for role in (roles.values())}.values()) if len(roles) > 1 else [roles[RESPONDER]]
+    return list({id(role.actor): role for role in roles.values()}.values())
 
 
-def _finite(value: float) -> float | None:
-    return None if value in (float("inf"), float("-inf")) else value
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -45,9 +45,7 @@ def recorded_flags(args: SimpleNamespace, config: GopoConfig) -> dict[str, Any]:
     flat = {n: v for n, v in flat.items() if n.split(".")[0] not in {"expert", "critic"} - groups.keys()}
     flat |= {f"{name}.ranks": group.num_nodes * group.num_gpus_per_node for name, group in groups.items()}
     if flat.get("gopo.user"):
-        flat["gopo.user"] = re.sub(
-            r"//[^/@,]*@|\?[^,]*", lambda m: "//" if m[0].startswith("//") else "", flat["gopo.user"]
-        )
+        flat["gopo.user"] = re.sub(r"(?<=//)[^/@,]*@|\?[^,]*", "", flat["gopo.user"])
     return {name: value for name, value in sorted(flat.items()) if name not in UNRECORDED}
 
 

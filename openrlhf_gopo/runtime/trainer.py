@@ -121,8 +121,8 @@ class GOPOTrainer(BasePPOTrainer):
         """Train for ``--train.num_episodes`` passes over the goals.
 
         Returns:
-            The held-out dialogues "before training" and "after training"; empty without --eval.steps. A run that goes on
-            reads back what was played before it.
+            The held-out dialogues "before training" and "after training"; empty without --eval.steps. A run that goes
+            on reads back what was played before it.
         """
         position = self.checkpoints.restore(self)
         global_step = position["global_step"] or global_step

@@ -1,0 +1,306 @@
+"""Kills processes of real training runs at random moments, lets the runs go on, and checks that nothing was lost.
+
+    python tests/faults/kill.py --kills 50 --seed 0
+
+One uninterrupted run comes first. Then the same run is started, one of its processes gets SIGKILL (the driver, a policy
+actor, a rollout actor or a vLLM engine, in turn), the same command with --ckpt.load_enable goes on, and so forth until
+it ends; as many such runs as the kills take. Moments are drawn from the seed: while starting, or some time after a
+step. Checked after each kill and at each end:
+
+- the run ends by itself, not by a time limit, with a message that names what died, and leaves no process behind;
+- it goes on from the newest complete set, and does at most --ckpt.save_steps steps again;
+- every line of trajectories.jsonl and metrics.jsonl is whole, and none stands twice;
+- the metrics of every step and evaluation are those of the uninterrupted run, to the last digit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+VICTIMS = {"policy": "_RolePolicy", "rollout": "RolloutRayActor", "engine": "VLLM::EngineCore"}
+NAMED = {"policy": "policy actor", "rollout": "rollout actor", "engine": "vLLM engine|rollout actor"}
+STARTING = 0.25  # share of kills while the run starts
+PATIENCE = 240.0  # seconds that a run may take to notice a death, or to make a step
+STEPS = 6
+FLAGS = {
+    "--gopo.env": "shop",
+    "--rollout.batch_size": 2,
+    "--rollout.n_samples_per_prompt": 2,
+    "--rollout.micro_batch_size": 2,
+    "--train.batch_size": 4,
+    "--train.micro_batch_size": 2,
+    "--train.num_episodes": 2,
+    "--data.max_samples": STEPS,  # of two goals each, twice
+    "--data.max_len": 1024,
+    "--gopo.reply_max_tokens": 8,
+    "--gopo.max_turns": 3,
+    "--gopo.expert_reward": "tse=1,esndcg=1",
+    "--actor.adam.lr": 1e-3,
+    "--actor.lr_warmup_ratio": 0,
+    "--algo.advantage.estimator": "group_norm",
+    "--algo.kl.init_coef": 0,
+    "--ckpt.save_steps": 1,
+    "--ckpt.max_num": 2,
+    "--eval.steps": 2,
+    "--eval.n_samples_per_prompt": 1,
+    "--eval.temperature": 1.0,
+    "--gopo.eval_goals": 2,
+}
+
+
+@dataclass
+class Tally:
+    """What happened so far."""
+
+    kills: Counter = field(default_factory=Counter)
+    moments: Counter = field(default_factory=Counter)
+    runs: int = 0
+    steps_again: int = 0
+    dialogues_again: int = 0
+    started: float = field(default_factory=time.time)
+
+    def table(self) -> str:
+        """Markdown."""
+        rows = [f"| {victim} | {count} | {count} |" for victim, count in sorted(self.kills.items())]
+        return "\n".join(
+            [
+                "| SIGKILL to | times | gone on from the newest complete set |",
+                "|---|---|---|",
+                *rows,
+                f"| all | {self.kills.total()} | {self.kills.total()} |",
+                "",
+                f"{self.runs} runs of {STEPS} steps ended with the metrics of an uninterrupted one; "
+                f"{self.moments['start']} kills while starting, {self.moments['step']} while training; steps done "
+                f"again: {self.steps_again}; dialogues played again, first version kept: {self.dialogues_again}; "
+                f"{(time.time() - self.started) / 60:.0f} minutes",
+            ]
+        )
+
+
+class Run:
+    """One training run in a folder: started, killed and started again."""
+
+    def __init__(self, model: Path, out: Path) -> None:
+        self.model, self.out = model, out
+        self.results, self.sets = out / "results", out / "ckpt"
+        self.starts = 0
+
+    def start(self) -> subprocess.Popen:
+        """The training command, with --ckpt.load_enable from the second time on."""
+        flags = FLAGS | {
+            "--actor.model_name_or_path": self.model,
+            "--ckpt.output_dir": self.out,
+            "--ckpt.path": self.sets,
+        }
+        words = [str(word) for pair in flags.items() for word in pair]
+        words += ["--train.full_determinism_enable"] + ["--ckpt.load_enable"] * (self.starts > 0)
+        self.starts += 1
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.log = self.out / f"start{self.starts}.log"
+        with self.log.open("w") as log:
+            command = [sys.executable, "-m", "openrlhf.cli.train_gopo", *words]
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+
+    def records(self) -> list[dict]:
+        """Whole lines of metrics.jsonl."""
+        path = self.results / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+    def step(self) -> int:
+        """The last step that was logged."""
+        return max((r["global_step"] for r in self.records() if "expert/policy_loss" in r), default=0)
+
+    def newest(self) -> dict | None:
+        """The newest complete set, found without the code under test."""
+        found = [json.loads(path.read_text()) for path in self.sets.glob("*.manifest.json")]
+        for manifest in sorted(found, key=lambda m: -m["sequence"]):
+            sizes = {self.sets / part / name: n for part, files in manifest["parts"].items() for name, n in files.items()}
+            if all(path.is_file() and path.stat().st_size == size for path, size in sizes.items()):
+                return manifest
+        return None
+
+    def tail(self) -> str:
+        """The end of the last start's output."""
+        return self.log.read_text(errors="replace")[-3000:]
+
+
+def wait(process: subprocess.Popen, seconds: float, done=lambda: False) -> bool:
+    """Wait until the process ends or ``done()``; False when neither came in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if process.poll() is not None or done():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    """All processes below the driver."""
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def titles(processes: list[psutil.Process], word: str) -> list[psutil.Process]:
+    """Those with ``word`` in their title."""
+    found = []
+    for one in processes:
+        try:
+            if word in " ".join(one.cmdline()) or word in one.name():
+                found.append(one)
+        except psutil.Error:
+            continue
+    return found
+
+
+def kill(run: Run, process: subprocess.Popen, victim: str, rng: random.Random, tally: Tally) -> bool:
+    """Kill ``victim`` at a random moment and see the run end; False when it was over before."""
+    known = run.step()
+    starting = victim == "driver" and rng.random() < 2 * STARTING or rng.random() < STARTING / 2
+    if starting:
+        ready = (lambda: True) if victim == "driver" else (lambda: titles(family(process), VICTIMS[victim]))
+        delay = rng.uniform(0, 25 if victim == "driver" else 5)
+    else:
+        ready, delay = (lambda: run.step() > known), rng.uniform(0, 5)
+    assert wait(process, PATIENCE, ready), f"no step in {PATIENCE} s: {run.tail()}"
+    if wait(process, delay):
+        return False
+    below = family(process)
+    targets = [psutil.Process(process.pid)] if victim == "driver" else titles(below, VICTIMS[victim])
+    if not targets:
+        return False
+    rng.choice(sorted(targets, key=lambda p: p.pid)).kill()
+    if not wait(process, PATIENCE):
+        end(process, below)
+        raise AssertionError(f"{victim} killed, and the run does not end in {PATIENCE} s: {run.tail()}")
+    _, alive = psutil.wait_procs(below, timeout=30)
+    end(process, alive)
+    assert not alive, f"{victim} killed, and left behind: {alive}"
+    if process.returncode == 0:  # it had done its work
+        return False
+    if victim == "driver":
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode > 0, run.tail()
+        last = [line for line in run.log.read_text().splitlines() if line.startswith("train_gopo: error: ")]
+        assert last, f"{victim} killed, no error message: {run.tail()}"
+        assert re.search(NAMED[victim], last[-1]), last[-1]
+    tally.kills[victim] += 1
+    tally.moments["start" if starting else "step"] += 1
+    return True
+
+
+def end(process: subprocess.Popen, processes: list[psutil.Process]) -> None:
+    """Kill what this run has started."""
+    for one in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+def check_resumed(run: Run, expected: dict | None, reached: int, tally: Tally) -> None:
+    """After a start with --ckpt.load_enable: it said where it goes on, and that is the newest complete set."""
+    said = re.findall(r"going on from (\S+) of", run.log.read_text())
+    if not said:  # killed before it came that far
+        return
+    assert expected is not None
+    assert said == [expected["tag"]], (said, expected["tag"])
+    again = reached - expected["step"]
+    assert 0 <= again <= FLAGS["--ckpt.save_steps"], f"step {reached} was reached, {expected['tag']} is the newest"
+    tally.steps_again += again
+
+
+def check_end(run: Run, reference: list[dict], tally: Tally) -> None:
+    """The logs of a run that ended are whole, and its metrics those of the uninterrupted one."""
+    dialogues = [json.loads(line) for line in (run.results / "trajectories.jsonl").read_text().splitlines()]
+    keys = Counter((d["goal"]["id"], d["sample"], d["seed"]) for d in dialogues)
+    assert keys.total() == STEPS * 4, f"{keys.total()} dialogues of {STEPS * 4}"
+    assert max(keys.values()) == 1, keys.most_common(3)
+    compare(comparable(run.records()), reference)
+    lost = run.results / "trajectories.lost.jsonl"
+    if lost.is_file():
+        tally.dialogues_again += len([json.loads(line) for line in lost.read_text().splitlines()])
+    tally.runs += 1
+
+
+def comparable(records: list[dict]) -> list[dict]:
+    """What has to be equal: everything but clocks."""
+    clock = re.compile(r"time$|timing/|.*/time_")
+    kept = [{k: v for k, v in r.items() if not clock.match(k)} for r in records]
+    return [r for r in kept if len(r) > 1]  # a start logs only how long it took
+
+
+def compare(got: list[dict], expected: list[dict]) -> None:
+    """Equal to the last digit, record by record."""
+    assert [r["global_step"] for r in got] == [r["global_step"] for r in expected]
+    for one, other in zip(got, expected, strict=True):
+        differ = {k: (one.get(k), other.get(k)) for k in {*one, *other} if repr(one.get(k)) != repr(other.get(k))}
+        assert not differ, f"step {one['global_step']}: {dict(list(differ.items())[:5])} (this run, uninterrupted)"
+
+
+def campaign(kills: int, seed: int, folder: Path, model: Path, say=print) -> Tally:
+    """As many runs as ``kills`` kills take; raises AssertionError at the first thing that is not as it should be."""
+    rng, tally = random.Random(seed), Tally()
+    whole = Run(model, folder / "uninterrupted")
+    assert wait(process := whole.start(), 4 * PATIENCE), whole.tail()
+    assert process.returncode == 0, whole.tail()
+    reference = comparable(whole.records())
+    assert [r["global_step"] for r in reference if "expert/policy_loss" in r] == list(range(1, STEPS + 1))
+    say(f"uninterrupted run: {time.time() - tally.started:.0f} s")
+    victims: list[str] = []
+    while tally.kills.total() < kills:
+        run, expected, reached = Run(model, folder / f"run{tally.runs}"), None, 0
+        while True:
+            process = run.start()
+            victims = victims or rng.sample(["driver", *VICTIMS], 4)
+            if tally.kills.total() < kills and kill(run, process, victims[-1], rng, tally):
+                say(f"{tally.kills.total()}: {victims.pop()} killed after step {run.step()}; {time.ctime()}")
+            else:
+                assert wait(process, 4 * PATIENCE), run.tail()
+            if expected is not None:
+                check_resumed(run, expected, reached, tally)
+            if process.returncode == 0:
+                break
+            expected, reached = run.newest(), run.step()
+        check_end(run, reference, tally)
+        say(f"run {tally.runs} ended as the uninterrupted one, after {run.starts} starts")
+    return tally
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where the runs go; default: a temporary folder, removed at the end")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        builder = ROOT / "examples" / "quickstart" / "build_model.py"
+        sizes = ["--env", "shop", "--out", folder / "model", "--hidden", "64", "--layers", "2"]
+        subprocess.run([sys.executable, builder, *map(str, sizes)], check=True, stdout=subprocess.DEVNULL)
+        print(campaign(options.kills, options.seed, folder, folder / "model").table())
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    main()
