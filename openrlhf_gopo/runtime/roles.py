@@ -90,12 +90,17 @@ def role_args(args: SimpleNamespace, role: str, config: GopoConfig) -> SimpleNam
     return own
 
 
+def role_strategy(args: SimpleNamespace) -> RoleStrategy:
+    """Upstream's strategy of a role's arguments, with checkpoints that belong to sets."""
+    strategy = get_strategy(args)
+    strategy.__class__ = RoleStrategy  # upstream's factory names its class inside; methods alone differ
+    return strategy
+
+
 def make_roles(args: SimpleNamespace, config: GopoConfig) -> dict[str, Role]:
     """The policy's roles, without models yet. With ``shared`` the expert is the responder's model in another role."""
     roles = {}
     for name in config.roles:
         source = name if config.own_expert else RESPONDER
-        strategy = get_strategy(role_args(args, source, config))
-        strategy.__class__ = RoleStrategy  # upstream's factory names its class inside; nothing is added but methods
-        roles[name] = Role(name, strategy)
+        roles[name] = Role(name, role_strategy(role_args(args, source, config)))
     return roles

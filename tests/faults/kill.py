@@ -37,6 +37,7 @@ VICTIMS = {"policy": "_RolePolicy", "rollout": "RolloutRayActor", "engine": "VLL
 NAMED = {"policy": "policy actor", "rollout": "rollout actor", "engine": "vLLM engine|rollout actor"}
 STARTING = 0.25  # share of kills while the run starts
 PATIENCE = 240.0  # seconds that a run may take to notice a death, or to make a step
+CROWDED = "The current node timed out during startup"  # Ray gives its own processes 30 s; a full machine needs more
 STEPS = 6
 FLAGS = {
     "--gopo.env": "shop",
@@ -115,7 +116,10 @@ class Run:
         self.log = self.out / f"start{self.starts}.log"
         with self.log.open("w") as log:
             command = [sys.executable, "-m", "openrlhf.cli.train_gopo", *words]
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+            # Workers find the package by path too: an editable install may be of another checkout.
+            env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+            options = {"stdout": log, "stderr": subprocess.STDOUT, "cwd": ROOT, "env": env, "start_new_session": True}
+            return subprocess.Popen(command, **options)
 
     def records(self) -> list[dict]:
         """Whole lines of metrics.jsonl."""
@@ -131,7 +135,9 @@ class Run:
         """The newest complete set, found without the code under test."""
         found = [json.loads(path.read_text()) for path in self.sets.glob("*.manifest.json")]
         for manifest in sorted(found, key=lambda m: -m["sequence"]):
-            sizes = {self.sets / part / name: n for part, files in manifest["parts"].items() for name, n in files.items()}
+            sizes = {
+                self.sets / part / name: n for part, files in manifest["parts"].items() for name, n in files.items()
+            }
             if all(path.is_file() and path.stat().st_size == size for path, size in sizes.items()):
                 return manifest
         return None
@@ -174,7 +180,7 @@ def titles(processes: list[psutil.Process], word: str) -> list[psutil.Process]:
 def kill(run: Run, process: subprocess.Popen, victim: str, rng: random.Random, tally: Tally) -> bool:
     """Kill ``victim`` at a random moment and see the run end; False when it was over before."""
     known = run.step()
-    starting = victim == "driver" and rng.random() < 2 * STARTING or rng.random() < STARTING / 2
+    starting = (victim == "driver" and rng.random() < 2 * STARTING) or rng.random() < STARTING / 2
     if starting:
         ready = (lambda: True) if victim == "driver" else (lambda: titles(family(process), VICTIMS[victim]))
         delay = rng.uniform(0, 25 if victim == "driver" else 5)
@@ -291,7 +297,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where the runs go; default: a temporary folder, removed at the end")
+    parser.add_argument(
+        "--folder", type=Path, help="where the runs go; default: a temporary folder, removed at the end"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
