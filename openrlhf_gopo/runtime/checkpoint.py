@@ -61,21 +61,23 @@ class Checkpoints:
         if found is None:
             logger.warning("--ckpt.load_enable: no complete checkpoint in %s; starting over", self.folder.root)
             return
-        for notice in check_flags(found.flags, self.flags, found.tag):
-            logger.warning("--ckpt.load_enable: %s", notice)
-        if self.args.train.enable_ema and found.tag != START:
-            logger.warning("--train.enable_ema: checkpoints hold no moving average; it starts anew from the model")
-        older = [s.tag for s in self.folder.sets() if s.tag != START]
-        if found.tag == START and older:
-            logger.warning(
-                "--ckpt.load_enable: the newest run in %s was stopped before its first checkpoint and starts over; to "
-                "go on from the earlier run's %s, remove %s.manifest.json",
-                *(self.folder.root, older[-1], START),
-            )
+        if found.tag == START:
+            older = [s.tag for s in self.folder.sets() if s.tag != START]
+            if older:
+                logger.warning(
+                    "--ckpt.load_enable: the newest run in %s was stopped before its first checkpoint and starts over; "
+                    "to go on from the earlier run's %s, remove %s.manifest.json",
+                    *(self.folder.root, older[-1], START),
+                )
+        else:
+            for notice in check_flags(found.flags, self.flags, found.tag):
+                logger.warning("--ckpt.load_enable: %s", notice)
+            if self.args.train.enable_ema:
+                logger.warning("--train.enable_ema: checkpoints hold no moving average; it starts anew from the model")
         for notice in cut_logs(self.results, found.state["logs"]):
             logger.warning("%s", notice)
         self.resumed = found
-        logger.warning("--ckpt.load_enable: going on from %s of %s", found.tag, self.folder.root)
+        logger.info("--ckpt.load_enable: going on from %s of %s", found.tag, self.folder.root)
 
     def apply(self, roles: dict[str, Role]) -> None:
         """Tell the roles which folders to load, or that there are none.

@@ -1,0 +1,26 @@
+"""Six kills of real training runs; ``kill.py --kills 50`` is the nightly size. See there for what is checked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from openrlhf_gopo import platform
+
+sys.path.insert(0, str(Path(__file__).parent))
+import kill  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.skipif(not platform.is_cpu(), reason="there is a GPU")]
+
+
+@pytest.mark.timeout(3600)
+def test_killed_runs_go_on_and_end_as_if_nothing_had_happened(tmp_path):
+    builder = kill.ROOT / "examples" / "quickstart" / "build_model.py"
+    sizes = ["--env", "shop", "--out", tmp_path / "model", "--hidden", "64", "--layers", "2"]
+    subprocess.run([sys.executable, builder, *map(str, sizes)], check=True)
+    tally = kill.campaign(6, 0, tmp_path, tmp_path / "model")
+    assert tally.kills.total() == 6
+    assert set(tally.kills) == {"driver", "policy", "rollout", "engine"}
