@@ -283,6 +283,7 @@ def campaign(kills: int, seed: int, folder: Path, model: Path, say=print) -> Tal
                 say(f"{tally.kills.total()}: {victims.pop()} killed after step {run.step()}; {time.ctime()}")
             else:
                 assert wait(process, 4 * PATIENCE), run.tail()
+                assert process.returncode == 0 or CROWDED in run.tail(), run.tail()
             if expected is not None:
                 check_resumed(run, expected, reached, tally)
             if process.returncode == 0:

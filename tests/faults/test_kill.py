@@ -11,7 +11,7 @@ import pytest
 from openrlhf_gopo import platform
 
 sys.path.insert(0, str(Path(__file__).parent))
-import kill  # noqa: E402
+import kill
 
 pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.skipif(not platform.is_cpu(), reason="there is a GPU")]
 
