@@ -294,6 +294,14 @@ def campaign(kills: int, seed: int, folder: Path, model: Path, say=print) -> Tal
     return tally
 
 
+def build(folder: Path) -> Path:
+    """An untrained chat model of 0.2 M parameters below ``folder``."""
+    builder = ROOT / "examples" / "quickstart" / "build_model.py"
+    sizes = ["--env", "shop", "--out", folder / "model", "--hidden", "64", "--layers", "2"]
+    subprocess.run([sys.executable, builder, *map(str, sizes)], check=True, stdout=subprocess.DEVNULL)
+    return folder / "model"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
@@ -304,10 +312,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        builder = ROOT / "examples" / "quickstart" / "build_model.py"
-        sizes = ["--env", "shop", "--out", folder / "model", "--hidden", "64", "--layers", "2"]
-        subprocess.run([sys.executable, builder, *map(str, sizes)], check=True, stdout=subprocess.DEVNULL)
-        print(campaign(options.kills, options.seed, folder, folder / "model").table())
+        print(campaign(options.kills, options.seed, folder, build(folder)).table())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,9 +17,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.skipif(not platfo
 
 @pytest.mark.timeout(3600)
 def test_killed_runs_go_on_and_end_as_if_nothing_had_happened(tmp_path):
-    builder = kill.ROOT / "examples" / "quickstart" / "build_model.py"
-    sizes = ["--env", "shop", "--out", tmp_path / "model", "--hidden", "64", "--layers", "2"]
-    subprocess.run([sys.executable, builder, *map(str, sizes)], check=True)
-    tally = kill.campaign(6, 0, tmp_path, tmp_path / "model")
+    tally = kill.campaign(6, 0, tmp_path, kill.build(tmp_path))
     assert tally.kills.total() == 6
     assert set(tally.kills) == {"driver", "policy", "rollout", "engine"}
