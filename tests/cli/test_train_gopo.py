@@ -481,6 +481,15 @@ def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsy
         ),
         ("--train.colocate_all", r"--vllm\.gpu_memory_utilization 0\.95: .* two engines .* ask for 1\.90 of it; lower"),
         ("--vllm.num_engines 0", r"--vllm\.num_engines 0: dialogues need vLLM; give 1 or more"),
+        # determinism
+        (
+            "--train.full_determinism_enable --vllm.enable_prefix_caching",
+            r"--vllm\.enable_prefix_caching: with --train\.full_determinism_enable the rounding of a prompt",
+        ),
+        (
+            "--train.full_determinism_enable --gopo.expert_num_engines 2",
+            r"--gopo\.expert_num_engines 2: with --train\.full_determinism_enable every engine of the responder needs",
+        ),
         # values
         ("--gopo.expert_reward tse=1,fame=2", r"reward weights 'tse=1,fame=2': unknown reward 'fame'; choose from tse"),
         ("--gopo.responder_reward gre", r"reward weights 'gre': gre needs a finite number, as in gre=0\.5"),

@@ -268,14 +268,15 @@ def campaign(kills: int, seed: int, folder: Path, model: Path, say=print) -> Tal
     """As many runs as ``kills`` kills take; raises AssertionError at the first thing that is not as it should be."""
     rng, tally = random.Random(seed), Tally()
     whole = Run(model, folder / "uninterrupted")
-    assert wait(process := whole.start(), 4 * PATIENCE), whole.tail()
-    assert process.returncode == 0, whole.tail()
+    if not (whole.results / "table.md").is_file():
+        assert wait(process := whole.start(), 4 * PATIENCE), whole.tail()
+        assert process.returncode == 0, whole.tail()
     reference = comparable(whole.records())
     assert [r["global_step"] for r in reference if "expert/policy_loss" in r] == list(range(1, STEPS + 1))
     say(f"uninterrupted run: {time.time() - tally.started:.0f} s")
     victims: list[str] = []
     while tally.kills.total() < kills:
-        run, expected, reached = Run(model, folder / f"run{tally.runs}"), None, 0
+        run, expected, reached = Run(model, folder / f"seed{seed}run{tally.runs}"), None, 0
         while True:
             process = run.start()
             victims = victims or rng.sample(["driver", *VICTIMS], 4)
@@ -306,9 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--folder", type=Path, help="where the runs go; default: a temporary folder, removed at the end"
-    )
+    parser.add_argument("--folder", type=Path, help="keep the runs there, and use the whole one that is there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)

@@ -44,7 +44,7 @@ def run(folder: str, name: str, flags: dict[str, str]) -> dict[str, Any]:
     dialogues = torch.load(Path(folder, "dialogues.pt"))["mixed"]
     size = len(dialogues) // WORLD
     mine = dialogues[RANK * size : (RANK + 1) * size]
-    flags = flags | {"--ckpt.path": f"{folder}/ckpt {name}"}
+    flags = flags | {"--ckpt.path": f"{folder}/ckpt_{name}"}
     whole = build(folder, flags, tag=None)
     first = step(whole, mine)
     for tag in ("global_step1", "best_global_step1", "global_step1b"):  # upstream would let the first ones go

@@ -35,8 +35,8 @@ FLAGS = {
     "--rollout.n_samples_per_prompt": "4",
 }
 CASES = {
-    "zero 2": FLAGS | {"--ds.zero_stage": "2"},
-    "zero 3": FLAGS | {"--ds.zero_stage": "3"},
+    "zero2": FLAGS | {"--ds.zero_stage": "2"},
+    "zero3": FLAGS | {"--ds.zero_stage": "3"},
     "lora": FLAGS | {"--ds.zero_stage": "2", "--ds.lora.rank": "4", "--ds.lora.dropout": "0.3"},
     "critic": FLAGS | {"--ds.zero_stage": "2", "--algo.advantage.estimator": "gae"},
 }
@@ -77,7 +77,7 @@ def test_a_model_goes_on_to_the_last_bit(saved, case):
 def test_models_leave_old_folders_alone(saved, folder, case):
     """--ckpt.max_num is 1 here: upstream's own retention would have removed two of the three."""
     kind = "_critic" if case == "critic" else "_actor"
-    left = {p.name for p in (folder / f"ckpt {case}" / "responder" / kind).iterdir()}
+    left = {p.name for p in (folder / f"ckpt_{case}" / "responder" / kind).iterdir()}
     assert {"global_step1", "best_global_step1", "global_step1b"} <= left
     assert "latest" not in left
 
