@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -266,19 +267,31 @@ def compare(got: list[dict], expected: list[dict]) -> None:
 
 def campaign(kills: int, seed: int, folder: Path, model: Path, say=print) -> Tally:
     """As many runs as ``kills`` kills take; raises AssertionError at the first thing that is not as it should be."""
-    rng, tally = random.Random(seed), Tally()
-    whole = Run(model, folder / "uninterrupted")
+    started: list[subprocess.Popen] = []
+    try:
+        return _campaign(kills, random.Random(seed), folder, model, say, started)
+    finally:  # leave nothing running when a check fails
+        for process in started:
+            end(process, family(process))
+
+
+def _campaign(
+    kills: int, rng: random.Random, folder: Path, model: Path, say: Callable, started: list[subprocess.Popen]
+) -> Tally:
+    tally, whole = Tally(), Run(model, folder / "uninterrupted")
     if not (whole.results / "table.md").is_file():
-        assert wait(process := whole.start(), 4 * PATIENCE), whole.tail()
+        started[:] = [process := whole.start()]
+        assert wait(process, 4 * PATIENCE), whole.tail()
         assert process.returncode == 0, whole.tail()
     reference = comparable(whole.records())
     assert [r["global_step"] for r in reference if "expert/policy_loss" in r] == list(range(1, STEPS + 1))
     say(f"uninterrupted run: {time.time() - tally.started:.0f} s")
     victims: list[str] = []
     while tally.kills.total() < kills:
-        run, expected, reached = Run(model, folder / f"seed{seed}run{tally.runs}"), None, 0
+        run, expected, reached = Run(model, folder / f"run{tally.runs}"), None, 0
         while True:
             process = run.start()
+            started[:] = [process]
             victims = victims or rng.sample(["driver", *VICTIMS], 4)
             if tally.kills.total() < kills and kill(run, process, victims[-1], rng, tally):
                 say(f"{tally.kills.total()}: {victims.pop()} killed after step {run.step()}; {time.ctime()}")
