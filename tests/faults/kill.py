@@ -198,9 +198,10 @@ def kill(run: Run, process: subprocess.Popen, victim: str, rng: random.Random, t
     if not wait(process, PATIENCE):
         end(process, below)
         raise AssertionError(f"{victim} killed, and the run does not end in {PATIENCE} s: {run.tail()}")
-    _, alive = psutil.wait_procs(below, timeout=30)
+    _, alive = psutil.wait_procs(below, timeout=PATIENCE / 5)
+    left = [one for one in alive if not titles([one], "Agent")]  # Ray's own agents look for their node now and then
     end(process, alive)
-    assert not alive, f"{victim} killed, and left behind: {alive}"
+    assert not left, f"{victim} killed, and left behind: {left}"
     if process.returncode == 0:  # it had done its work
         return False
     if victim == "driver":
