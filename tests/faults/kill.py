@@ -1,6 +1,6 @@
 """Kills processes of real training runs at random moments, lets the runs go on, and checks that nothing was lost.
 
-    python tests/faults/kill.py --kills 50 --seed 0
+    python tests/faults/kill.py --kills 50 --seed 0 [-- further flags of the training command]
 
 One uninterrupted run comes first. Then the same run is started, one of its processes gets SIGKILL (the driver, a policy
 actor, a rollout actor or a vLLM engine, in turn), the same command with --ckpt.load_enable goes on, and so forth until
@@ -98,8 +98,8 @@ class Tally:
 class Run:
     """One training run in a folder: started, killed and started again."""
 
-    def __init__(self, model: Path, out: Path) -> None:
-        self.model, self.out = model, out
+    def __init__(self, model: Path, out: Path, extra: tuple[str, ...] = ()) -> None:
+        self.model, self.out, self.extra = model, out, extra
         self.results, self.sets = out / "results", out / "ckpt"
         self.starts = 0
 
@@ -111,7 +111,7 @@ class Run:
             "--ckpt.path": self.sets,
         }
         words = [str(word) for pair in flags.items() for word in pair]
-        words += ["--train.full_determinism_enable"] + ["--ckpt.load_enable"] * (self.starts > 0)
+        words += [*self.extra, "--train.full_determinism_enable"] + ["--ckpt.load_enable"] * (self.starts > 0)
         self.starts += 1
         self.out.mkdir(parents=True, exist_ok=True)
         self.log = self.out / f"start{self.starts}.log"
@@ -266,20 +266,21 @@ def compare(got: list[dict], expected: list[dict]) -> None:
         assert not differ, f"step {one['global_step']}: {dict(list(differ.items())[:5])} (this run, uninterrupted)"
 
 
-def campaign(kills: int, seed: int, folder: Path, model: Path, say=print) -> Tally:
+def campaign(kills: int, seed: int, folder: Path, extra: tuple[str, ...] = (), say: Callable = print) -> Tally:
     """As many runs as ``kills`` kills take; raises AssertionError at the first thing that is not as it should be."""
     started: list[subprocess.Popen] = []
+    model = build(folder)
     try:
-        return _campaign(kills, random.Random(seed), folder, model, say, started)
+        return _campaign(kills, random.Random(seed), lambda name: Run(model, folder / name, extra), say, started)
     finally:  # leave nothing running when a check fails
         for process in started:
             end(process, family(process))
 
 
 def _campaign(
-    kills: int, rng: random.Random, folder: Path, model: Path, say: Callable, started: list[subprocess.Popen]
+    kills: int, rng: random.Random, make: Callable[[str], Run], say: Callable, started: list[subprocess.Popen]
 ) -> Tally:
-    tally, whole = Tally(), Run(model, folder / "uninterrupted")
+    tally, whole = Tally(), make("uninterrupted")
     if not (whole.results / "table.md").is_file():
         started[:] = [process := whole.start()]
         assert wait(process, 4 * PATIENCE), whole.tail()
@@ -289,7 +290,7 @@ def _campaign(
     say(f"uninterrupted run: {time.time() - tally.started:.0f} s")
     victims: list[str] = []
     while tally.kills.total() < kills:
-        run, expected, reached = Run(model, folder / f"run{tally.runs}"), None, 0
+        run, expected, reached = make(f"run{tally.runs}"), None, 0
         while True:
             process = run.start()
             started[:] = [process]
@@ -322,10 +323,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="keep the runs there, and use the whole one that is there")
+    parser.add_argument("flags", nargs="*", help="of the training command, after --")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        print(campaign(options.kills, options.seed, folder, build(folder)).table())
+        print(campaign(options.kills, options.seed, folder, tuple(options.flags)).table())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.skipif(not platfo
 
 @pytest.mark.timeout(3600)
 def test_killed_runs_go_on_and_end_as_if_nothing_had_happened(tmp_path):
-    tally = kill.campaign(6, 0, tmp_path, kill.build(tmp_path))
+    tally = kill.campaign(6, 0, tmp_path)
     assert tally.kills.total() == 6
     assert set(tally.kills) == {"driver", "policy", "rollout", "engine"}
