@@ -45,13 +45,11 @@ CASES = {
 @pytest.fixture(scope="module")
 def saved(folder: Path) -> dict[str, Any]:
     """By case: what checkpoint_script.py returns from two ranks."""
-    own, script = folder, test_parallel.SCRIPT
-    test_parallel.SCRIPT = SCRIPT
-    try:
-        test_parallel.launch(2, str(own), json.dumps(CASES))
-    finally:
-        test_parallel.SCRIPT = script
-    return torch.load(own / "ranks2.pt", weights_only=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_parallel, "SCRIPT", SCRIPT)
+        patch.setattr(test_parallel, "DEADLINE", 900.0)
+        test_parallel.launch(2, str(folder), json.dumps(CASES))
+    return torch.load(folder / "ranks2.pt", weights_only=True)
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
