@@ -49,7 +49,7 @@ def watched(roles: Mapping[str, Role], checkpoints: str) -> Iterator[None]:
     try:
         yield
     except RayError as error:
-        dead = _dead(actors) or _without_engine(actors, error)
+        dead = _dead(actors) or _without_engine(actors)
         if dead:
             raise WorkerError(_message(dead, checkpoints)) from error
         raise
@@ -90,10 +90,8 @@ def _dead(actors: Mapping[str, Any]) -> list[str]:
     return [pings[ref] for ref in done if _fails(ref, RayActorError)]
 
 
-def _without_engine(actors: Mapping[str, Any], error: RayError) -> list[str]:
-    """Rollout actors that live on after vLLM's own process died below them."""
-    if "EngineDead" not in str(error) and "EngineCore" not in str(error):
-        return []
+def _without_engine(actors: Mapping[str, Any]) -> list[str]:
+    """Rollout actors that live on after vLLM's own process died below them: any call to it fails."""
     engines = {name: handle for name, handle in actors.items() if "rollout" in name}
     calls = {handle.reset_prefix_cache.remote(): name for name, handle in engines.items()}
     done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=10)
