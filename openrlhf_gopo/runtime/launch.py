@@ -16,6 +16,7 @@ from openrlhf.trainer.ray.launcher import RayActorGroup
 from openrlhf.trainer.ray.ppo_critic import CriticModelActor
 from openrlhf.utils import get_strategy, get_tokenizer
 from ray.util.placement_group import placement_group
+from transformers import set_seed
 
 from openrlhf_gopo import platform
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
@@ -63,6 +64,7 @@ def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str,
         name: get_tokenizer(role.args.actor.model_name_or_path, None, "left", role.strategy, use_fast=fast)
         for name, role in roles.items()
     }
+    set_seed(args.train.seed)  # upstream seeds its actors, not the driver, which draws the order of the goals
     strategy, labels = get_strategy(args), len(policy.labels)
     trainer = GOPOTrainer(strategy, roles, env, config, spec, tokenizers, labels, results, checkpoints)
     checkpoints.apply(roles)

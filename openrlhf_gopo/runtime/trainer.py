@@ -19,10 +19,18 @@ from openrlhf_gopo.envs import Environment
 from openrlhf_gopo.evaluation.records import read_trajectories
 from openrlhf_gopo.evaluation.summary import summarise
 from openrlhf_gopo.runtime.checkpoint import Checkpoints
-from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, GOPOExperienceMaker, ResponderExperienceMaker
+from openrlhf_gopo.runtime.experience_maker import (
+    ExpertExperienceMaker,
+    GOPOExperienceMaker,
+    ResponderExperienceMaker,
+)
 from openrlhf_gopo.runtime.roles import Role
 from openrlhf_gopo.runtime.samples import DialogueSample
-from openrlhf_gopo.runtime.samples_generator import GoalDataset, GOPOSamplesGenerator, RolloutSpec
+from openrlhf_gopo.runtime.samples_generator import (
+    GoalDataset,
+    GOPOSamplesGenerator,
+    RolloutSpec,
+)
 from openrlhf_gopo.types import Trajectory
 
 logger = init_logger(__name__)
@@ -32,13 +40,32 @@ class Learner(BasePPOTrainer):
     """One role's half of a step: experiences, update, weight sync. Everything but the maker is upstream's."""
 
     def __init__(self, role: Role, config: GopoConfig, num_labels: int, tokenizer: Any) -> None:
-        super().__init__(role.strategy, role.actor, role.critic, None, role.reference, role.engines, tokenizer)
+        super().__init__(
+            role.strategy,
+            role.actor,
+            role.critic,
+            None,
+            role.reference,
+            role.engines,
+            tokenizer,
+        )
         self.role, self.of = role.name, role
         decides = role.name == EXPERT or config.policy == "single_level"
-        groups = (role.actor, role.critic, None, role.reference, self.kl_ctl, role.strategy, tokenizer)
+        groups = (
+            role.actor,
+            role.critic,
+            None,
+            role.reference,
+            self.kl_ctl,
+            role.strategy,
+            tokenizer,
+        )
         maker = ExpertExperienceMaker if role.name == EXPERT else ResponderExperienceMaker
         self.experience_maker: GOPOExperienceMaker = maker(
-            *groups, role=role.name, num_labels=num_labels if decides else 0, config=config
+            *groups,
+            role=role.name,
+            num_labels=num_labels if decides else 0,
+            config=config,
         )
 
     def learn(self, samples: list[DialogueSample], global_step: int) -> dict[str, Any]:
@@ -53,7 +80,10 @@ class Learner(BasePPOTrainer):
             refs += self.critic_model_group.async_run_method_batch(method_name="append", experience=experiences)
         ray.get(refs)
         status = {**self.ppo_train(global_step), **self.experience_maker.metrics}
-        status["time_experience"], status["time_update"] = made - start, time.time() - made
+        status["time_experience"], status["time_update"] = (
+            made - start,
+            time.time() - made,
+        )
         return {f"{self.role}/{key}": value for key, value in status.items()}
 
 
@@ -82,7 +112,13 @@ class GOPOTrainer(BasePPOTrainer):
         checkpoints: Checkpoints,
     ) -> None:
         responder = roles[RESPONDER]
-        groups = (responder.actor, responder.critic, None, responder.reference, responder.engines)
+        groups = (
+            responder.actor,
+            responder.critic,
+            None,
+            responder.reference,
+            responder.engines,
+        )
         super().__init__(strategy, *groups, tokenizers[RESPONDER])
         self.config, self.results, self.checkpoints = config, results, checkpoints
         self.evaluations = results / "eval"
@@ -126,15 +162,21 @@ class GOPOTrainer(BasePPOTrainer):
         """
         position = self.checkpoints.restore(self)
         global_step = position["global_step"] or global_step
-        consumed, evaluated = position["total_consumed_prompts"], position["evaluated"]
+        consumed = position["total_consumed_prompts"]
         phases: dict[str, list[Trajectory]] = {}
         evaluates = self.args.eval.steps != float("inf")
         if evaluates:
             first = self._played(0) if global_step else self.evaluate(0)[1]
             phases = {"before training": first} if first else {}
-        latest = self._played(global_step) if evaluated == global_step else None
+        latest = self._played(global_step) if position["evaluated"] == global_step else None
         total = self.steps_per_episode * self.args.train.num_episodes
-        bar = tqdm(total=total, initial=global_step, desc="GOPO", unit="step", dynamic_ncols=True)
+        bar = tqdm(
+            total=total,
+            initial=global_step,
+            desc="GOPO",
+            unit="step",
+            dynamic_ncols=True,
+        )
         for episode in range(position["episode"], self.args.train.num_episodes):
             exhausted = False
             while not exhausted:
@@ -147,27 +189,19 @@ class GOPOTrainer(BasePPOTrainer):
                     continue  # the remainder of a pass: too few goals for a batch, as drop_last in upstream's loader
                 rollout_time = time.time() - start
                 status, global_step = self.train_step(samples, global_step)
-                status["timing/rollout"], latest = rollout_time, None
+                status["timing/rollout"] = rollout_time
                 if pass_rate is not None:
                     status["dynamic_filtering_pass_rate"] = pass_rate
-                self.log_metrics(global_step, status)
-                self._track(global_step, status)
-                best = False
-                if global_step % self.args.eval.steps == 0:
-                    logs, latest = self.evaluate(global_step)
-                    best, evaluated = self.is_best(logs), global_step
-                # After the evaluation: a run that goes on from this step would not do it again.
-                position = {
+                position |= {
                     "episode": episode + exhausted,
                     "global_step": global_step,
                     "total_consumed_prompts": consumed,
-                    "evaluated": evaluated,
                 }
-                if best:
-                    self.checkpoints.save(self, f"best_global_step{global_step}", position)
-                if global_step % self.args.ckpt.save_steps == 0:
-                    self.checkpoints.save(self, f"global_step{global_step}", position)
-                bar.set_postfix(tse=f"{status['rollout/tse']:.1f}", success=f"{status['rollout/success']:.2f}")
+                latest = self._close_step(status, position)
+                bar.set_postfix(
+                    tse=f"{status['rollout/tse']:.1f}",
+                    success=f"{status['rollout/success']:.2f}",
+                )
                 bar.update()
         bar.close()
         if evaluates:
@@ -176,6 +210,21 @@ class GOPOTrainer(BasePPOTrainer):
             if tracker:
                 tracker.close()
         return phases
+
+    def _close_step(self, status: dict[str, Any], position: dict[str, Any]) -> list[Trajectory] | None:
+        """Log a step, then evaluate and save where they are due; returns the dialogues of the evaluation."""
+        global_step, best, played = position["global_step"], False, None
+        self.log_metrics(global_step, status)
+        self._track(global_step, status)
+        if global_step % self.args.eval.steps == 0:
+            logs, played = self.evaluate(global_step)
+            best, position["evaluated"] = self.is_best(logs), global_step
+        # After the evaluation: a run that goes on from this step would not do it again.
+        if best:
+            self.checkpoints.save(self, f"best_global_step{global_step}", position)
+        if global_step % self.args.ckpt.save_steps == 0:
+            self.checkpoints.save(self, f"global_step{global_step}", position)
+        return played
 
     def train_step(self, samples: list[DialogueSample], global_step: int) -> tuple[dict[str, Any], int]:
         """The roles whose turn it is learn from ``samples``, then their engines get the new weights."""
