@@ -19,18 +19,10 @@ from openrlhf_gopo.envs import Environment
 from openrlhf_gopo.evaluation.records import read_trajectories
 from openrlhf_gopo.evaluation.summary import summarise
 from openrlhf_gopo.runtime.checkpoint import Checkpoints
-from openrlhf_gopo.runtime.experience_maker import (
-    ExpertExperienceMaker,
-    GOPOExperienceMaker,
-    ResponderExperienceMaker,
-)
+from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, GOPOExperienceMaker, ResponderExperienceMaker
 from openrlhf_gopo.runtime.roles import Role
 from openrlhf_gopo.runtime.samples import DialogueSample
-from openrlhf_gopo.runtime.samples_generator import (
-    GoalDataset,
-    GOPOSamplesGenerator,
-    RolloutSpec,
-)
+from openrlhf_gopo.runtime.samples_generator import GoalDataset, GOPOSamplesGenerator, RolloutSpec
 from openrlhf_gopo.types import Trajectory
 
 logger = init_logger(__name__)
@@ -40,32 +32,13 @@ class Learner(BasePPOTrainer):
     """One role's half of a step: experiences, update, weight sync. Everything but the maker is upstream's."""
 
     def __init__(self, role: Role, config: GopoConfig, num_labels: int, tokenizer: Any) -> None:
-        super().__init__(
-            role.strategy,
-            role.actor,
-            role.critic,
-            None,
-            role.reference,
-            role.engines,
-            tokenizer,
-        )
+        super().__init__(role.strategy, role.actor, role.critic, None, role.reference, role.engines, tokenizer)
         self.role, self.of = role.name, role
         decides = role.name == EXPERT or config.policy == "single_level"
-        groups = (
-            role.actor,
-            role.critic,
-            None,
-            role.reference,
-            self.kl_ctl,
-            role.strategy,
-            tokenizer,
-        )
+        groups = (role.actor, role.critic, None, role.reference, self.kl_ctl, role.strategy, tokenizer)
         maker = ExpertExperienceMaker if role.name == EXPERT else ResponderExperienceMaker
         self.experience_maker: GOPOExperienceMaker = maker(
-            *groups,
-            role=role.name,
-            num_labels=num_labels if decides else 0,
-            config=config,
+            *groups, role=role.name, num_labels=num_labels if decides else 0, config=config
         )
 
     def learn(self, samples: list[DialogueSample], global_step: int) -> dict[str, Any]:
@@ -80,10 +53,7 @@ class Learner(BasePPOTrainer):
             refs += self.critic_model_group.async_run_method_batch(method_name="append", experience=experiences)
         ray.get(refs)
         status = {**self.ppo_train(global_step), **self.experience_maker.metrics}
-        status["time_experience"], status["time_update"] = (
-            made - start,
-            time.time() - made,
-        )
+        status["time_experience"], status["time_update"] = made - start, time.time() - made
         return {f"{self.role}/{key}": value for key, value in status.items()}
 
 
@@ -112,13 +82,7 @@ class GOPOTrainer(BasePPOTrainer):
         checkpoints: Checkpoints,
     ) -> None:
         responder = roles[RESPONDER]
-        groups = (
-            responder.actor,
-            responder.critic,
-            None,
-            responder.reference,
-            responder.engines,
-        )
+        groups = (responder.actor, responder.critic, None, responder.reference, responder.engines)
         super().__init__(strategy, *groups, tokenizers[RESPONDER])
         self.config, self.results, self.checkpoints = config, results, checkpoints
         self.evaluations = results / "eval"
@@ -170,13 +134,7 @@ class GOPOTrainer(BasePPOTrainer):
             phases = {"before training": first} if first else {}
         latest = self._played(global_step) if position["evaluated"] == global_step else None
         total = self.steps_per_episode * self.args.train.num_episodes
-        bar = tqdm(
-            total=total,
-            initial=global_step,
-            desc="GOPO",
-            unit="step",
-            dynamic_ncols=True,
-        )
+        bar = tqdm(total=total, initial=global_step, desc="GOPO", unit="step", dynamic_ncols=True)
         for episode in range(position["episode"], self.args.train.num_episodes):
             exhausted = False
             while not exhausted:
@@ -192,16 +150,10 @@ class GOPOTrainer(BasePPOTrainer):
                 status["timing/rollout"] = rollout_time
                 if pass_rate is not None:
                     status["dynamic_filtering_pass_rate"] = pass_rate
-                position |= {
-                    "episode": episode + exhausted,
-                    "global_step": global_step,
-                    "total_consumed_prompts": consumed,
-                }
+                position |= {"episode": episode + exhausted, "total_consumed_prompts": consumed}
+                position["global_step"] = global_step
                 latest = self._close_step(status, position)
-                bar.set_postfix(
-                    tse=f"{status['rollout/tse']:.1f}",
-                    success=f"{status['rollout/success']:.2f}",
-                )
+                bar.set_postfix(tse=f"{status['rollout/tse']:.1f}", success=f"{status['rollout/success']:.2f}")
                 bar.update()
         bar.close()
         if evaluates:
