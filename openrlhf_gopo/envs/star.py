@@ -2,9 +2,12 @@
 
 One goal is one human dialogue, over one task or over several that one wizard served. The agent asks for the slots that
 a task's API needs, queries, reports what the tool returned to this dialogue's wizard, perhaps several times as the user
-changes their mind or the subject, and says goodbye. A goal succeeds when everything that its human wizard found out and
-reported was found out and reported. The user's words come from ``users/replay.py``; the procedure from ``star_sop.py``,
-and from ``star_several.py`` for several tasks, which are open in the order in which the human turned to them.
+changes their mind or the subject, and says goodbye. The user's words come from ``users/replay.py``; the procedure from
+``star_sop.py``, and from ``star_several.py`` for several tasks, open in the order in which the human turned to them.
+
+A goal succeeds when everything that its human wizard found out and reported was found out and reported, and it is what
+the user wanted (``star_outcome.py``). Where the human's tool refused it refuses everyone: such a goal cannot succeed,
+whoever plays. ``Star.census`` counts them.
 
 Left out: dialogues without a single query result. Rounds beyond four (eight over several tasks), or beyond the turns
 that fit, are cut from a goal. ``Star.census`` counts all of it.
@@ -21,6 +24,7 @@ from openrlhf_gopo.envs.base import SPLITS, Dialogue, Environment, HumanTurn
 from openrlhf_gopo.envs.reading import split_of
 from openrlhf_gopo.envs.replayed import BYE, PATIENCE
 from openrlhf_gopo.envs.star_dialogue import StarDialogue
+from openrlhf_gopo.envs.star_outcome import of_rounds, outcome_ids, standing
 from openrlhf_gopo.envs.star_reader import Record, Task, read
 from openrlhf_gopo.envs.star_script import SEVERAL, Script, pairs, report_ids, write_script
 from openrlhf_gopo.envs.star_several import combine
@@ -30,7 +34,8 @@ from openrlhf_gopo.sop import Procedure
 from openrlhf_gopo.types import Goal, Strategy
 from openrlhf_gopo.users.replay import Pool, ReplayUser
 
-SLOTS_WEIGHT, REPORTS_WEIGHT, CLOSE_WEIGHT = 0.3, 0.6, 0.1
+# What the user came for weighs as much as all steps towards it.
+SLOTS_WEIGHT, REPORTS_WEIGHT, OUTCOME_WEIGHT, CLOSE_WEIGHT = 0.2, 0.25, 0.5, 0.05
 
 
 class Star(Environment):
@@ -136,6 +141,8 @@ class Star(Environment):
         goal = _goal(script, manual, [self._manuals[name] for name in record.tasks])
         self.census[f"goals: {goal.split}"] += 1
         self.census["goals with later rounds cut"] += script.cut
+        stands = {name for names in standing(of_rounds(script)).values() for name in names}
+        self.census["goals that end without what the user wanted"] += not stands.issuperset(outcome_ids(script, manual))
         self._scripts[goal.id] = script
         self._goals[goal.split].append(goal)
         if goal.split == "train":  # the held-out users' words are seen in their own dialogue only
@@ -155,15 +162,14 @@ def _by_tasks(records: Iterable[Record]) -> dict[tuple[str, ...], list[Record]]:
 def _goal(script: Script, manual: Manual, parts: Sequence[Manual]) -> Goal:
     """The goal of ``script``; ``parts``: the manuals of its tasks, ``manual`` that of all of them together."""
     record = script.record
-    verdicts = [answer for question, answer in record.answers.items() if "calm" not in question]
     return Goal(
         id=f"star-{record.id}",
         intent=manual.task.id,
         context=_context(record, parts),
-        subgoals=_subgoals(script),
+        subgoals=_subgoals(script, manual),
         facts=pairs(script.values),
         persona={"patience": PATIENCE, "happy": record.happy},
-        data={"dialogue": record.id, "human_success": all(verdicts) if verdicts else None},
+        data={"dialogue": record.id, "human_success": record.done},
         split=split_of(record.id),
     )
 
@@ -185,11 +191,13 @@ def _words(slot: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", slot).lower() if not slot.isupper() else slot
 
 
-def _subgoals(script: Script) -> dict[str, float]:
-    """Slots to learn, results to report, and the goodbye; the weights sum to 1."""
+def _subgoals(script: Script, manual: Manual) -> dict[str, float]:
+    """Slots to learn, results to report, what the user wanted of them, and the goodbye; the weights sum to 1."""
     slots = [f"slot:{slot}" for slot in script.asked()]
     reports = [name for index in range(len(script.rounds)) for name in report_ids(script, index)]
+    outcomes = outcome_ids(script, manual)
     for_reports = REPORTS_WEIGHT if slots else SLOTS_WEIGHT + REPORTS_WEIGHT
     weights = {name: SLOTS_WEIGHT / len(slots) for name in slots}
     weights |= {name: for_reports / len(reports) for name in reports}
+    weights |= {name: OUTCOME_WEIGHT / len(outcomes) for name in outcomes}
     return {**weights, f"close:{BYE}": CLOSE_WEIGHT}

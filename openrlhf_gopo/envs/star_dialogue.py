@@ -8,6 +8,7 @@ from typing import Any
 
 from openrlhf_gopo.envs.reading import CLEAR
 from openrlhf_gopo.envs.replayed import BYE, ReplayDialogue
+from openrlhf_gopo.envs.star_outcome import of_rounds, standing
 from openrlhf_gopo.envs.star_script import Round, Script, report_ids
 from openrlhf_gopo.envs.star_sop import CONFUSED, HELLO, MORE, Manual, describe
 from openrlhf_gopo.rewards.text import mentions
@@ -57,6 +58,7 @@ class StarDialogue(ReplayDialogue):
         words = f"{script.opening.text}\n{first.text}" if first else script.opening.text
         super().__init__(goal, user, script.opening.tells | default, words, voice)
         self._script, self._manual = script, manual
+        self._outcomes = standing(of_rounds(script))
         self._segment = 0
         self._owed: list[tuple[str, tuple[str, ...]]] = []  # (subgoal, reports that complete it)
         self._stale = False
@@ -116,7 +118,8 @@ class StarDialogue(ReplayDialogue):
         match = next((owed for owed in self._owed if strategy in owed[1]), None)
         if match is not None:
             self._owed.remove(match)
-            return self._after_report(strategy), [match[0]], [f"report:{strategy}"]
+            outcomes = [] if self._owed else self._outcomes.get(self._segment - 1, [])
+            return self._after_report(strategy), [match[0], *outcomes], [f"report:{strategy}"]
         slot = self._manual.asks.get(strategy)
         if slot in self._told:
             return self._user.complain(), [], []

@@ -18,6 +18,8 @@ from openrlhf_gopo.envs.reading import as_object, folder, get, parse, shorten
 from openrlhf_gopo.errors import DataError
 
 LAYOUT = "point --gopo.data at a clone of the STAR repository: the folder that holds tasks/, apis/ and dialogues"
+# Questions of the questionnaire about manners, fun and a detail; each other one asks whether the task was done.
+ASIDE = re.compile(r"calm and helpful|enjoy this|about rain")
 VIDEO_HINT = re.compile(r"\s*\([^()]*https?://[^()]*\)|https?://\S+")
 
 
@@ -59,6 +61,12 @@ class Record:
     happy: bool
     answers: Mapping[str, bool]
     events: tuple[Event, ...]
+
+    @property
+    def done(self) -> bool | None:
+        """The user's own answer whether the task was done; None when they were not asked."""
+        verdicts = [answer for question, answer in self.answers.items() if not ASIDE.search(question)]
+        return all(verdicts) if verdicts else None
 
 
 def read(data: str | None) -> tuple[dict[str, Task], list[Record]]:

@@ -3,7 +3,11 @@
 Goals have the environment's ids, so a human row pairs with a policy's row goal by goal. Left out, as there: dialogues
 without a query result. Ours, not STAR's: a subgoal is completed by the wizard turn after
 which the customer told the slot, by the first report under the result it belongs to, and by a goodbye after the last
-result. A check that the environment requires but the wizard skipped stays open.
+result. A check that the environment requires but the wizard skipped stays open. An outcome is completed by the last
+turn that told the customer good news about it, if no bad news came after (``envs/star_outcome.py``).
+
+A log judges an outcome by what the customer was told in the whole dialogue, the environment by the tool's results in
+the rounds that the goal keeps: a wizard who confirmed a booking that no query made has the outcome in the log alone.
 """
 
 from __future__ import annotations
@@ -15,8 +19,10 @@ from typing import Any
 from openrlhf_gopo.envs.replayed import BYE
 from openrlhf_gopo.envs.star import Star
 from openrlhf_gopo.envs.star_dialogue import brief
+from openrlhf_gopo.envs.star_outcome import news, standing
+from openrlhf_gopo.envs.star_reader import Event
 from openrlhf_gopo.envs.star_script import Beat, Script, report_ids
-from openrlhf_gopo.envs.star_sop import HELLO, Manual
+from openrlhf_gopo.envs.star_sop import HELLO, Manual, Result, phase, status
 from openrlhf_gopo.logs import human
 from openrlhf_gopo.logs.human import Step
 
@@ -34,28 +40,46 @@ def records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _steps(script: Script, manual: Manual) -> Iterator[Step]:
     tells = iter(script.said)
     user = script.opening.text
-    for index, (beat, item) in enumerate(zip(script.beats, _items(script), strict=True)):
-        told = next(tells).tells if beat.user else frozenset()
+    seen = list(_seen(script, manual))
+    told = [news(manual, beat.label, *of[:2]) for beat, of in zip(script.beats, seen, strict=True)]
+    outcomes = standing(told)
+    for index, (beat, (_, _, item)) in enumerate(zip(script.beats, seen, strict=True)):
+        slots = next(tells).tells if beat.user else frozenset()
         yield Step(
             user=user,
             strategy=beat.label,
             reply=beat.text,
             briefing=brief(manual, beat.label, _shown(item, beat.text)) if beat.label else "",
-            reached=[f"slot:{slot}" for slot in sorted(told)] + _reached(beat, script, manual),
+            reached=[
+                *(f"slot:{slot}" for slot in sorted(slots)),
+                *_reached(beat, script, manual),
+                *outcomes.get(index, ()),
+            ],
             required=index == 0 and beat.label == HELLO,
             answered=bool(beat.user),
         )
         user = beat.user
 
 
-def _items(script: Script) -> Iterator[Mapping[str, Any] | None]:
-    """For every wizard turn, what the tool had returned last; None before the first result."""
-    latest: Mapping[str, Any] | None = None
+def _seen(script: Script, manual: Manual) -> Iterator[tuple[Result | None, bool, Mapping[str, Any] | None]]:
+    """For every wizard turn: how the tool's latest result came out, whether it is new since the turn before, its item.
+
+    (None, False, None) before the first result.
+    """
+    query: Event | None = None
+    result: Result | None = None
+    item: Mapping[str, Any] | None = None
+    fresh = False
     for event in script.record.events:
-        if event.kind == "result":
-            latest = event.values
+        if event.kind == "query":
+            query = event
+        elif event.kind == "result":
+            item = event.values
+            if query is not None:
+                result, fresh = (phase(query, manual.task), status(item)), True
         elif event.kind == "wizard":
-            yield latest
+            yield result, fresh, item
+            fresh = False
 
 
 def _reached(beat: Beat, script: Script, manual: Manual) -> list[str]:

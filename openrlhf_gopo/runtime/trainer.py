@@ -17,7 +17,9 @@ from tqdm import tqdm
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.envs import Environment
 from openrlhf_gopo.evaluation.records import read_trajectories
+from openrlhf_gopo.evaluation.references import add_reference_scores
 from openrlhf_gopo.evaluation.summary import summarise
+from openrlhf_gopo.evaluation.transcript import as_text
 from openrlhf_gopo.runtime.checkpoint import Checkpoints
 from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, GOPOExperienceMaker, ResponderExperienceMaker
 from openrlhf_gopo.runtime.roles import Role
@@ -26,6 +28,8 @@ from openrlhf_gopo.runtime.samples_generator import GoalDataset, GOPOSamplesGene
 from openrlhf_gopo.types import Trajectory
 
 logger = init_logger(__name__)
+
+EXAMPLES = 8  # dialogues of an evaluation that are also written as text
 
 
 class Learner(BasePPOTrainer):
@@ -84,7 +88,7 @@ class GOPOTrainer(BasePPOTrainer):
         responder = roles[RESPONDER]
         groups = (responder.actor, responder.critic, None, responder.reference, responder.engines)
         super().__init__(strategy, *groups, tokenizers[RESPONDER])
-        self.config, self.results, self.checkpoints = config, results, checkpoints
+        self.env, self.config, self.results, self.checkpoints = env, config, results, checkpoints
         self.evaluations = results / "eval"
         self.learners = {name: Learner(role, config, num_labels, tokenizers[name]) for name, role in roles.items()}
         self.num_labels = num_labels
@@ -152,7 +156,7 @@ class GOPOTrainer(BasePPOTrainer):
                     status["dynamic_filtering_pass_rate"] = pass_rate
                 position |= {"episode": episode + exhausted, "total_consumed_prompts": consumed}
                 position["global_step"] = global_step
-                latest = self._close_step(status, position)
+                latest = self._close_step(status, position, samples)
                 bar.set_postfix(tse=f"{status['rollout/tse']:.1f}", success=f"{status['rollout/success']:.2f}")
                 bar.update()
         bar.close()
@@ -163,11 +167,13 @@ class GOPOTrainer(BasePPOTrainer):
                 tracker.close()
         return phases
 
-    def _close_step(self, status: dict[str, Any], position: dict[str, Any]) -> list[Trajectory] | None:
+    def _close_step(
+        self, status: dict[str, Any], position: dict[str, Any], samples: list[DialogueSample]
+    ) -> list[Trajectory] | None:
         """Log a step, then evaluate and save where they are due; returns the dialogues of the evaluation."""
         global_step, best, played = position["global_step"], False, None
         self.log_metrics(global_step, status)
-        self._track(global_step, status)
+        self._track(global_step, status | self._example(samples))
         if global_step % self.args.eval.steps == 0:
             logs, played = self.evaluate(global_step)
             best, position["evaluated"] = self.is_best(logs), global_step
@@ -207,6 +213,10 @@ class GOPOTrainer(BasePPOTrainer):
             temperature=self.args.eval.temperature,
             n_samples_per_prompt=self.args.eval.n_samples_per_prompt,
         )
+        add_reference_scores(self.env, played)
+        (self.evaluations / f"step_{global_step:05d}.txt").write_text(
+            "\n\n".join(map(as_text, played[:EXAMPLES])) + "\n"
+        )
         summary = summarise(played)
         logs = {f"eval_{key}": interval.mean for key, interval in summary.metrics.items()}
         tse = summary.metrics.get("tse")
@@ -238,7 +248,11 @@ class GOPOTrainer(BasePPOTrainer):
     def _played(self, global_step: int) -> list[Trajectory] | None:
         """The dialogues of an evaluation that an earlier run of this training has done."""
         path = self.evaluations / f"step_{global_step:05d}.jsonl"
-        return read_trajectories(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        played = read_trajectories(path)
+        add_reference_scores(self.env, played)
+        return played
 
     def _rollout_metrics(self, samples: list[DialogueSample]) -> dict[str, Any]:
         kept = [s for s in samples if not s.quarantined]
@@ -254,6 +268,11 @@ class GOPOTrainer(BasePPOTrainer):
             lengths = [len(s.trajectory.streams[role].tokens) for s in kept]
             status[f"rollout/{role}_tokens"] = sum(lengths) / max(len(lengths), 1)
         return status
+
+    def _example(self, samples: list[DialogueSample]) -> dict[str, Any]:
+        """One dialogue for W&B and TensorBoard, under upstream's name: (text, the responder's return)."""
+        kept = [s for s in samples if not s.quarantined]
+        return {"generated_samples": (as_text(kept[0].trajectory), kept[0].returns[RESPONDER])} if kept else {}
 
     def log_metrics(self, global_step: int, status: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

@@ -271,7 +271,15 @@ def test_no_real_user_task_is_in_a_context(real):
 
 
 def test_the_most_relevant_strategies_reach_every_real_goal(real):
-    assert all(play(real, goal, 0, best)[-1][2].stop is StopReason.COMPLETED for goal in everything(real))
+    """All of it but what the tool refused to the human too: no agent gets that."""
+    refused = 0
+    for goal in everything(real):
+        turns = play(real, goal, 0, best)
+        left = set(goal.subgoals).difference(*(outcome.completed for _, _, outcome in turns))
+        assert all(name.startswith("outcome:") for name in left)
+        assert turns[-1][2].stop is (StopReason.CLOSED if left else StopReason.COMPLETED)
+        refused += bool(left)
+    assert refused == real.census["goals that end without what the user wanted"] == 191
 
 
 def test_random_walks_end_and_repeat_with_their_seed(real):

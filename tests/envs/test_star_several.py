@@ -145,6 +145,7 @@ def test_a_goal_holds_all_tasks_and_shared_things_once(both):
     assert set(goal.subgoals) == {
         *("slot:UserName", "slot:table_book.Time", "slot:sky.Time"),
         *("report:1:table_ask_confirm", "report:2:sky_tell", "report:3:table_booked", "close:goodbye"),
+        *("outcome:sky:check", "outcome:table_book:check", "outcome:table_book:book"),
     }
     assert goal.persona["happy"] is False
 

@@ -15,8 +15,9 @@ from openrlhf_gopo.errors import SopError
 from openrlhf_gopo.policy import prompts
 from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
 from openrlhf_gopo.rollout import dialogue as module
-from openrlhf_gopo.rollout.dialogue import Limits, run_dialogue
+from openrlhf_gopo.rollout.dialogue import run_dialogue
 from openrlhf_gopo.rollout.engine import Generation
+from openrlhf_gopo.rollout.sampled import SampledPolicy, TokenLimits
 from openrlhf_gopo.types import Goal, Observation, Outcome, StopReason, Strategy, Trajectory
 
 CHATML = (
@@ -142,12 +143,12 @@ class Engine:
         return Generation(sampled, [-number - i / 64 for i in range(len(sampled))])
 
 
-LIMITS = Limits(max_len=2000, max_turns=9, reply_max_tokens=16, user_timeout=5.0)
+LIMITS = TokenLimits(max_len=2000, max_turns=9, reply_max_tokens=16, user_timeout=5.0)
 
 
 def play(env, policy, engine=None, limits=LIMITS, goal=GOAL, **more) -> Trajectory:
     engine = engine or Engine(policy)
-    return asyncio.run(run_dialogue(env, goal, policy, engine.generators(), limits, **more))
+    return asyncio.run(run_dialogue(env, goal, SampledPolicy(policy, engine.generators(), limits), limits, **more))
 
 
 def text(policy, tokens):
@@ -299,6 +300,37 @@ def test_no_room_for_a_plan_and_its_label(tokenizer):
     assert fits.stop is StopReason.MAX_TURNS
     short = play(ScriptedEnvironment(), policy, engine, replace(LIMITS, max_len=len(whole) - 1))
     assert (short.stop, short.turns, short.streams[EXPERT].tokens) == (StopReason.MAX_TOKENS, [], [])
+
+
+def test_advice_is_asked_before_each_decision_and_stays_in_the_stream(policy):
+    engine, asked = Engine(policy), []
+
+    def advice(case, past, turn):
+        asked.append((case.goal, len(past), turn.user, turn.allowed))
+        return "" if len(past) == 2 else f"Advice {len(past)}"
+
+    sampled = SampledPolicy(policy, engine.generators(), LIMITS, advice)
+    trajectory = asyncio.run(run_dialogue(ScriptedEnvironment(script=SCRIPT[:3]), GOAL, sampled, LIMITS))
+    assert asked == [(GOAL, 0, "user 0", ALL), (GOAL, 2, "user 2", ("ask", "bye"))]  # turn 1 is forced
+    stream = trajectory.streams[EXPERT]
+    assert "user\nAdvice 0\nCustomer: user 0<|im_end|>" in text(policy, stream.tokens)
+    assert "user\nAgent: re:2\nCustomer: user 1<|im_end|>" in text(policy, stream.tokens)
+    assert "user\nAgent: re:3\nCustomer: user 2<|im_end|>" in text(policy, stream.tokens)
+    assert [tokens for role, tokens, _ in engine.calls if role == EXPERT] == [
+        stream.tokens[:start] for start, _ in stream.spans
+    ]
+
+
+def test_advice_needs_room_as_all_that_is_asked(policy):
+    def play_with(characters, max_len):
+        limits = replace(LIMITS, max_len=max_len, max_turns=1)
+        sampled = SampledPolicy(policy, Engine(policy).generators(), limits, lambda *_: "x" * characters)
+        return asyncio.run(run_dialogue(ScriptedEnvironment(), GOAL, sampled, limits))
+
+    whole = len(play_with(10, 2000).streams[EXPERT].tokens)
+    assert play_with(10, whole).stop is StopReason.MAX_TURNS
+    over = play_with(11, whole)
+    assert (over.stop, over.turns) == (StopReason.MAX_TOKENS, [])
 
 
 # ------------------------------------------------------------------------------------------------------- the limits
@@ -486,7 +518,7 @@ def test_an_engines_exception_propagates(policy, broken, error):
 
     generators = {**Engine(policy).generators(), broken: generate}
     with pytest.raises(type(error), match="engine"):
-        asyncio.run(run_dialogue(ScriptedEnvironment(), GOAL, policy, generators, LIMITS))
+        asyncio.run(run_dialogue(ScriptedEnvironment(), GOAL, SampledPolicy(policy, generators, LIMITS), LIMITS))
 
 
 def test_an_engine_that_ignores_the_allowed_labels_is_no_dialogues_fault(policy):
@@ -498,7 +530,9 @@ def test_an_engine_that_ignores_the_allowed_labels_is_no_dialogues_fault(policy)
 
 
 async def together(policy, env, engine, goals, limits=LIMITS):
-    return await asyncio.gather(*(run_dialogue(env, g, policy, engine.generators(), limits) for g in goals))
+    return await asyncio.gather(
+        *(run_dialogue(env, g, SampledPolicy(policy, engine.generators(), limits), limits) for g in goals)
+    )
 
 
 GOALS = [replace(GOAL, id=f"g{i}") for i in range(32)]
@@ -515,7 +549,9 @@ def test_no_turn_barrier(policy):
             return await super().generate(role, tokens, sampling)
 
     async def main():
-        slow = asyncio.create_task(run_dialogue(env, GOALS[0], policy, Slow(policy).generators(), LIMITS))
+        slow = asyncio.create_task(
+            run_dialogue(env, GOALS[0], SampledPolicy(policy, Slow(policy).generators(), LIMITS), LIMITS)
+        )
         fast = await together(policy, env, Engine(policy), GOALS[1:])
         assert not slow.done()
         assert not any(event.startswith("step g0 ") for event in env.logged)
@@ -556,7 +592,9 @@ def test_a_blocking_environment_does_not_block_the_loop(policy, release):
     env = ScriptedEnvironment(True, faults={"step": wait_for_the_loop})
 
     async def main():
-        running = asyncio.create_task(run_dialogue(env, GOAL, policy, Engine(policy).generators(), LIMITS))
+        running = asyncio.create_task(
+            run_dialogue(env, GOAL, SampledPolicy(policy, Engine(policy).generators(), LIMITS), LIMITS)
+        )
         while not any(event.startswith("step") for event in env.logged):
             await asyncio.sleep(0.001)
         release.set()
