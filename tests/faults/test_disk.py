@@ -31,7 +31,6 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.timeout(3600)
 def test_a_full_disk_ends_the_run_and_takes_nothing(tmp_path, small_disk):
     run = kill.Run(kill.build(tmp_path), tmp_path / "out")
     run.sets = small_disk / "ckpt"

@@ -15,7 +15,6 @@ import kill
 pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.skipif(not platform.is_cpu(), reason="there is a GPU")]
 
 
-@pytest.mark.timeout(3600)
 def test_killed_runs_go_on_and_end_as_if_nothing_had_happened(tmp_path):
     tally = kill.campaign(6, 0, tmp_path)
     assert tally.kills.total() == 6
