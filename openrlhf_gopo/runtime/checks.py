@@ -13,6 +13,7 @@ from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy
 from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rewards.joint import parse_weights
+from openrlhf_gopo.runtime.requests import check_determinism
 from openrlhf_gopo.types import Goal
 
 
@@ -128,8 +129,7 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
             f"--ds.zero_stage {args.ds.zero_stage}: with --train.dynamic_batch_enable upstream's critic would learn "
             "from the last micro-batch of each step alone (DeepSpeed keeps no other); use --ds.zero_stage 3 or 0"
         )
-    if args.train.full_determinism_enable:
-        _check_determinism(args, config)
+    check_determinism(args, config)
     if not args.vllm.num_engines:
         raise ConfigError(f"--vllm.num_engines {args.vllm.num_engines}: dialogues need vLLM; give 1 or more")
     if args.algo.kl.target:
@@ -148,21 +148,6 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
         raise ConfigError(
             f"--rollout.n_samples_per_prompt {args.rollout.n_samples_per_prompt}: preferences compare trajectories of "
             "one goal; give 2 or more"
-        )
-
-
-def _check_determinism(args: SimpleNamespace, config: GopoConfig) -> None:
-    """``--train.full_determinism_enable``: what an engine computes must not depend on what it computed before."""
-    if args.vllm.enable_prefix_caching:
-        raise ConfigError(
-            "--vllm.enable_prefix_caching: with --train.full_determinism_enable the rounding of a prompt would depend "
-            "on what is in the cache; leave one out"
-        )
-    engines = config.expert_num_engines or args.vllm.num_engines
-    if config.own_expert and engines != args.vllm.num_engines:
-        raise ConfigError(
-            f"--gopo.expert_num_engines {engines}: with --train.full_determinism_enable every engine of the responder "
-            f"needs an engine of the expert for itself; give --vllm.num_engines {args.vllm.num_engines}"
         )
 
 

@@ -73,6 +73,27 @@ class DialogueRequest:
             yield int.from_bytes(digest[:6], "big") if self.deterministic else None
 
 
+def check_determinism(args: SimpleNamespace, config: GopoConfig) -> None:
+    """``--train.full_determinism_enable``: what an engine computes must not depend on what it computed before.
+
+    Raises:
+        ConfigError: flags under which it would.
+    """
+    if not args.train.full_determinism_enable:
+        return
+    if args.vllm.enable_prefix_caching:
+        raise ConfigError(
+            "--vllm.enable_prefix_caching: with --train.full_determinism_enable the rounding of a prompt would depend "
+            "on what is in the cache; leave one out"
+        )
+    engines = config.expert_num_engines or args.vllm.num_engines
+    if config.own_expert and engines != args.vllm.num_engines:
+        raise ConfigError(
+            f"--gopo.expert_num_engines {engines}: with --train.full_determinism_enable every engine of the responder "
+            f"needs an engine of the expert for itself; give --vllm.num_engines {args.vllm.num_engines}"
+        )
+
+
 def policy_spec(args: SimpleNamespace, config: GopoConfig) -> PolicySpec:
     """Environment and tokenizers by name, from the flags."""
     return PolicySpec(
