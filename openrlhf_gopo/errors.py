@@ -49,3 +49,11 @@ class StreamError(GopoError):
 
 class DialogueError(GopoError):
     """An environment, user simulator or reward that broke its contract during one dialogue."""
+
+
+class CheckpointError(GopoError):
+    """A checkpoint that cannot be written or does not fit."""
+
+
+class WorkerError(GopoError):
+    """A process of the run that died: a model's actor, a rollout actor or an inference engine."""

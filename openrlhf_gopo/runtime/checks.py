@@ -13,6 +13,7 @@ from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy
 from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rewards.joint import parse_weights
+from openrlhf_gopo.runtime.requests import check_determinism
 from openrlhf_gopo.types import Goal
 
 
@@ -128,6 +129,7 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
             f"--ds.zero_stage {args.ds.zero_stage}: with --train.dynamic_batch_enable upstream's critic would learn "
             "from the last micro-batch of each step alone (DeepSpeed keeps no other); use --ds.zero_stage 3 or 0"
         )
+    check_determinism(args, config)
     if not args.vllm.num_engines:
         raise ConfigError(f"--vllm.num_engines {args.vllm.num_engines}: dialogues need vLLM; give 1 or more")
     if args.algo.kl.target:

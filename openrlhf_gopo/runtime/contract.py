@@ -69,13 +69,8 @@ SIGNATURES = {
     "openrlhf.trainer.ppo_trainer:BasePPOTrainer._compute_rollout_stats": "self experiences",
     "openrlhf.trainer.ppo_trainer:BasePPOTrainer.broadcast_to_vllm": "self",
     "openrlhf.trainer.ppo_trainer:BasePPOTrainer.fit": "self global_step",
-    "openrlhf.trainer.ppo_trainer:BasePPOTrainer.init_checkpoint_states": "self",
     "openrlhf.trainer.ppo_trainer:BasePPOTrainer.ppo_train": "self global_steps",
-    "openrlhf.trainer.ppo_trainer:BasePPOTrainer.restore_best_checkpoint_state": "self checkpoint_states",
-    "openrlhf.trainer.ppo_trainer:BasePPOTrainer.save_best_checkpoint": "self eval_metrics global_step client_states",
-    "openrlhf.trainer.ppo_trainer:BasePPOTrainer.save_logs_and_checkpoints": (
-        "self global_step logs_dict client_states"
-    ),
+    "openrlhf.trainer.ppo_trainer:BasePPOTrainer._detect_eval_metric_key": "self eval_metrics",
     "openrlhf.trainer.ppo_trainer:BasePPOTrainer.train_step": "self rollout_samples global_step",
     "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.__init__": (
         f"self {GROUPS} initial_model_group kl_controller strategy tokenizer **kwargs"
@@ -136,6 +131,7 @@ SIGNATURES = {
         "self tag client_states metric_value metric_key"
     ),
     "openrlhf.trainer.ray.ppo_critic:CriticModelActor.init_model_from_pretrained": "self strategy pretrain max_steps",
+    "openrlhf.trainer.ray.ppo_critic:CriticModelActor.save_checkpoint": "self tag metric_value metric_key",
     "openrlhf.trainer.ray.vllm_engine:RolloutRayActor.generate": (
         "self prompt_token_ids sampling_params multi_modal_data"
     ),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +39,11 @@ class PolicySpec:
 
 @dataclass
 class DialogueRequest:
-    """One group: K dialogues about ``goal``. ``expert_engine`` is None when one engine serves both roles."""
+    """One group: K dialogues about ``goal``. ``expert_engine`` is None when one engine serves both roles.
+
+    ``deterministic``: every token is drawn from a seed of its own, and dialogues of one engine take turns, so that what
+    a model computes does not depend on what else is in its batch.
+    """
 
     goal: Goal
     spec: PolicySpec
@@ -45,6 +52,7 @@ class DialogueRequest:
     common_random_numbers: bool
     attempts: int
     rewards: RewardSpec = field(default_factory=RewardSpec)
+    deterministic: bool = False
     expert_engine: Any = None
     _claimed: int = field(default=0, repr=False)
 
@@ -56,6 +64,34 @@ class DialogueRequest:
     def dialogue_seed(self, sample: int) -> int:
         """Seed of the user simulator: of (run, goal, sample), or of (run, goal) with common random numbers."""
         return dialogue_seed(self.seed, self.goal, 0 if self.common_random_numbers else sample)
+
+    def sampling_seeds(self, sample: int, role: str) -> Iterator[int | None]:
+        """One seed per call of the role's engine; None (the engine's own generator) unless ``deterministic``."""
+        for call in count():
+            key = f"{self.seed}:{self.goal.id}:{sample}:{role}:{call}"
+            digest = hashlib.sha256(key.encode()).digest()
+            yield int.from_bytes(digest[:6], "big") if self.deterministic else None
+
+
+def check_determinism(args: SimpleNamespace, config: GopoConfig) -> None:
+    """``--train.full_determinism_enable``: what an engine computes must not depend on what it computed before.
+
+    Raises:
+        ConfigError: flags under which it would.
+    """
+    if not args.train.full_determinism_enable:
+        return
+    if args.vllm.enable_prefix_caching:
+        raise ConfigError(
+            "--vllm.enable_prefix_caching: with --train.full_determinism_enable the rounding of a prompt would depend "
+            "on what is in the cache; leave one out"
+        )
+    engines = config.expert_num_engines or args.vllm.num_engines
+    if config.own_expert and engines != args.vllm.num_engines:
+        raise ConfigError(
+            f"--gopo.expert_num_engines {engines}: with --train.full_determinism_enable every engine of the responder "
+            f"needs an engine of the expert for itself; give --vllm.num_engines {args.vllm.num_engines}"
+        )
 
 
 def policy_spec(args: SimpleNamespace, config: GopoConfig) -> PolicySpec:
