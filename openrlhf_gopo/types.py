@@ -87,7 +87,8 @@ class Turn:
     """One turn: user utterance -> strategy -> reply, with what the environment said about it.
 
     ``relevance`` grades each allowed strategy 0..3 before the choice; ``briefing`` is what the responder was told;
-    ``expected`` are the strings a faithful reply contains. ``expert_logprob`` is the sampler's log pi_E(z_t), 0 when
+    ``expected`` are the strings a faithful reply contains. ``probabilities`` are the expert's of the allowed strategies
+    (empty when not asked for, or when forced). ``expert_logprob`` is the sampler's log pi_E(z_t), 0 when
     forced (one allowed strategy). ``reply_cut`` is True when the reply hit its token cap. ``plan`` is what the expert
     wrote before it chose, if it plans.
     """
@@ -99,6 +100,7 @@ class Turn:
     briefing: str = ""
     expected: tuple[str, ...] = ()
     relevance: Mapping[str, int] = field(default_factory=dict)
+    probabilities: Mapping[str, float] = field(default_factory=dict)
     events: tuple[str, ...] = ()
     completed: tuple[str, ...] = ()
     engagement: float = 0.0
@@ -145,6 +147,11 @@ class Trajectory:
     def completed(self) -> tuple[str, ...]:
         """Subgoals completed, in order, each once."""
         return tuple(dict.fromkeys(s for turn in self.turns for s in turn.completed))
+
+    @property
+    def cause(self) -> str:
+        """What made it fail: the last line of ``error``; "" if it did not."""
+        return (self.error or "").strip().rpartition("\n")[2]
 
     @property
     def success(self) -> bool:

@@ -8,17 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.errors import ConfigError, GopoError
 from openrlhf_gopo.evaluation.report import table_text
 from openrlhf_gopo.evaluation.summary import summarise
-from openrlhf_gopo.logs import Dialogue, measured, read, to_trajectory, validate
+from openrlhf_gopo.logs import Dialogue, read, scored, validate
 from openrlhf_gopo.logs.check import SHOWN, fits
 from openrlhf_gopo.logs.convert import SOURCES, convert
-from openrlhf_gopo.types import Trajectory
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,16 +82,9 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    print(table_text({args.file.stem: summarise(_scored(args.file))}), end="")
+    print(table_text({args.file.stem: summarise(scored(dialogue) for _, dialogue in read(args.file))}), end="")
     print("\nLogs have no grades of strategies and no expected strings: ESNDCG, realised and GRE are not measured.")
     return 0
-
-
-def _scored(file: Path) -> Iterator[Trajectory]:
-    for _, dialogue in read(file):
-        trajectory = to_trajectory(dialogue)
-        trajectory.rewards = measured(trajectory)
-        yield trajectory
 
 
 def _schema(args: argparse.Namespace) -> int:

@@ -1,14 +1,20 @@
-"""How human agents fare under an environment's SOP: a hard rule that people break often is no rule of the desk."""
+"""Human agents: their logged dialogues as a row of an evaluation, and how they fare under an environment's SOP.
+
+A hard rule that people break often is no rule of the desk.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from openrlhf_gopo.envs.base import Environment, HumanTurn
-from openrlhf_gopo.types import Goal
+from openrlhf_gopo.errors import ConfigError
+from openrlhf_gopo.logs import read, scored
+from openrlhf_gopo.logs.convert import SOURCES, converted
+from openrlhf_gopo.types import Goal, Trajectory
 
 
 @dataclass
@@ -65,3 +71,20 @@ def _merged(turns: Iterable[HumanTurn]) -> list[HumanTurn]:
         if not (kept and turn.strategy == kept[-1].strategy and not turn.user):
             kept.append(turn)
     return kept
+
+
+def logged(env: Environment, data: str | None, file: str | None, goals: Sequence[Goal]) -> list[Trajectory]:
+    """Human dialogues as scored trajectories: those that ``goals`` were made from, or all of a log in ``file``.
+
+    Raises:
+        ConfigError: no ``file``, and the environment was not made from dialogues.
+        DataError: the log is missing or malformed.
+    """
+    if file is not None:
+        return [scored(dialogue) for _, dialogue in read(file)]
+    if env.name not in SOURCES or data is None:
+        raise ConfigError(
+            f"--policy human: {env.name} was not made from human dialogues; give a log of them, as in human:FILE"
+        )
+    wanted = {goal.id for goal in goals}
+    return [scored(dialogue) for dialogue in converted(env.name, data) if dialogue.goal.id in wanted]

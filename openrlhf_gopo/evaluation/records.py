@@ -170,6 +170,7 @@ _TURN: dict[str, Check] = {
     "briefing": _text,
     "expected": _texts,
     "relevance": _map_of(_whole),
+    "probabilities": _map_of(_number),
     "events": _texts,
     "completed": _texts,
     "engagement": _number,

@@ -6,6 +6,7 @@ fair competitor. ``skill=0`` is the row "random".
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import random
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 
 from openrlhf_gopo.envs.base import Dialogue, Environment
 from openrlhf_gopo.errors import ConfigError, DialogueError
-from openrlhf_gopo.rewards import joint
+from openrlhf_gopo.rollout.agent import Agent, Case, Choice, Reply
+from openrlhf_gopo.rollout.dialogue import Limits, run_dialogue
 from openrlhf_gopo.types import Goal, StopReason, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,12 @@ class ScriptedPolicy:
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"scripted policy: {name} = {value} is not a probability; give a value in [0, 1]")
 
+    def open(self, case: Case) -> Agent:
+        """The script in one dialogue."""
+        draws = random.Random(f"{self.seed}/{case.goal.id}/{case.sample}/{case.seed}")
+        script = _Script(self, [strategy.id for strategy in case.catalogue], case.dialogue, draws)
+        return Agent(script, script)
+
     def choose(
         self, allowed: Sequence[str], relevance: Mapping[str, int], order: Sequence[str], rng: random.Random
     ) -> tuple[str, float]:
@@ -61,53 +69,26 @@ class ScriptedPolicy:
         return dialogue.reference_reply(rng.choice(others) if slipped else strategy)
 
 
+@dataclass(frozen=True)
+class _Script:
+    policy: ScriptedPolicy
+    order: Sequence[str]
+    dialogue: Dialogue
+    draws: random.Random
+
+    async def choose(self, past: Sequence[Turn], turn: Turn) -> Choice:
+        return Choice(*self.policy.choose(turn.allowed, turn.relevance, self.order, self.draws))
+
+    async def write(self, past: Sequence[Turn], turn: Turn) -> Reply:
+        return Reply(self.policy.reply(self.dialogue, turn.strategy, turn.allowed, self.draws))
+
+
 def play(env: Environment, goal: Goal, sample: int, seed: int, policy: ScriptedPolicy) -> Trajectory:
-    """One scored dialogue without streams; ``seed`` is the user simulator's.
-
-    An environment or reward that raises quarantines this trajectory alone: stop ``FAILED``, with ``error`` set.
-    """
-    trajectory = Trajectory(goal, sample, seed)
-    rng = random.Random(f"{policy.seed}/{goal.id}/{sample}/{seed}")
-    try:
-        trajectory.stop = _converse(env, trajectory, policy, rng)
-        trajectory.rewards = dict(joint.score(trajectory))
-    except Exception as error:  # whatever an environment raises must not end the evaluation of the others
-        logger.warning("goal %s, sample %d failed: %r", goal.id, sample, error)
-        trajectory.stop, trajectory.rewards = StopReason.FAILED, {}
-        trajectory.error = f"{type(error).__name__}: {error}"
+    """One scored dialogue without streams, outside of any event loop; see ``run_dialogue``."""
+    trajectory = asyncio.run(run_dialogue(env, goal, policy, Limits(), sample=sample, seed=seed))
+    if trajectory.stop is StopReason.FAILED:
+        logger.warning("sample %d failed: %s", sample, trajectory.cause)
     return trajectory
-
-
-def _converse(env: Environment, trajectory: Trajectory, policy: ScriptedPolicy, rng: random.Random) -> StopReason:
-    """Fill ``trajectory.turns`` until the dialogue ends; the reason why it did."""
-    order = [strategy.id for strategy in env.catalogue(trajectory.goal)]
-    dialogue = env.start(trajectory.goal, trajectory.seed)
-    trajectory.user = dialogue.user
-    seen = dialogue.opening
-    while len(trajectory.turns) < env.turn_limit(trajectory.goal):
-        relevance = dict(dialogue.relevance())
-        strategy, logprob = policy.choose(seen.allowed, relevance, order, rng)
-        turn = Turn(
-            user=seen.user,
-            allowed=seen.allowed,
-            strategy=strategy,
-            reply=policy.reply(dialogue, strategy, seen.allowed, rng),
-            briefing=dialogue.briefing(strategy),
-            expected=dialogue.expected(strategy),
-            relevance=relevance,
-            expert_logprob=logprob,
-            forced=len(seen.allowed) == 1,
-        )
-        outcome = dialogue.step(strategy, turn.reply)
-        turn.events, turn.completed = outcome.events, outcome.completed
-        turn.engagement, turn.on_task = outcome.engagement, outcome.on_task
-        trajectory.turns.append(turn)
-        if outcome.stop is not None:
-            return outcome.stop
-        if outcome.next is None:
-            raise DialogueError(f"{env.name}: the outcome of {strategy!r} has neither stop nor next")
-        seen = outcome.next
-    return StopReason.MAX_TURNS
 
 
 def demonstrations(env: Environment, n: int, skill: float, seed: int, slip: float = SLIP) -> Iterator[Trajectory]:
@@ -131,4 +112,4 @@ def demonstrations(env: Environment, n: int, skill: float, seed: int, slip: floa
             continue
         failures += 1
         if failures > max(n, 10):
-            raise DialogueError(f"{env.name}: {failures} demonstrations failed, the last with {trajectory.error}")
+            raise DialogueError(f"{env.name}: {failures} demonstrations failed, the last with {trajectory.cause}")

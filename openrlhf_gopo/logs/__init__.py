@@ -5,6 +5,6 @@
 
 from openrlhf_gopo.logs.check import read, validate
 from openrlhf_gopo.logs.schema import Dialogue, LoggedGoal, LoggedTurn, Result
-from openrlhf_gopo.logs.trajectory import measured, to_trajectory
+from openrlhf_gopo.logs.trajectory import measured, scored, to_trajectory
 
-__all__ = ["Dialogue", "LoggedGoal", "LoggedTurn", "Result", "measured", "read", "to_trajectory", "validate"]
+__all__ = ["Dialogue", "LoggedGoal", "LoggedTurn", "Result", "measured", "read", "scored", "to_trajectory", "validate"]

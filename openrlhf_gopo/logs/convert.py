@@ -36,19 +36,16 @@ def convert(source: str, folder: str | os.PathLike[str], out: str | os.PathLike[
         ConfigError: no such source.
         DataError: the source is missing, malformed, or has a dialogue that breaks the schema.
     """
-    if source not in SOURCES:
-        raise ConfigError(f"source {source!r}: no such converter; choose one of {', '.join(sorted(SOURCES))}")
     folder, out = Path(folder), Path(out)
     if out.is_dir():
         raise ConfigError(f"--out {out}: is a folder; name the .jsonl file to write")
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give the one that holds the {source} data")
+    dialogues = converted(source, folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
     try:
         with part.open("w", encoding="utf-8", newline="\n") as file:
-            for where, record in SOURCES[source](folder):
-                file.write(_dialogue(where, record).model_dump_json(exclude_defaults=True) + "\n")
+            for dialogue in dialogues:
+                file.write(dialogue.model_dump_json(exclude_defaults=True) + "\n")
         report = validate(part)  # what single dialogues do not show: ids that occur twice, or none at all
         if report.found:
             raise DataError(f"{folder}: {report.problems[0].removeprefix(f'{part}:')}")
@@ -56,6 +53,16 @@ def convert(source: str, folder: str | os.PathLike[str], out: str | os.PathLike[
     finally:
         part.unlink(missing_ok=True)
     return report.dialogues
+
+
+def converted(source: str, folder: str | os.PathLike[str]) -> Iterator[Dialogue]:
+    """The dialogues of a data set one by one; raises at once, or at the dialogue, what ``convert`` raises."""
+    if source not in SOURCES:
+        raise ConfigError(f"source {source!r}: no such converter; choose one of {', '.join(sorted(SOURCES))}")
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give the one that holds the {source} data")
+    return (_dialogue(where, record) for where, record in SOURCES[source](folder))
 
 
 def _dialogue(where: str, record: dict[str, Any]) -> Dialogue:

@@ -71,6 +71,13 @@ def engagement(turn: LoggedTurn) -> float:
     return math.fsum(known) / len(known) if known else NEUTRAL
 
 
+def scored(dialogue: Dialogue) -> Trajectory:
+    """The dialogue as a trajectory with the metrics that a log can tell."""
+    trajectory = to_trajectory(dialogue)
+    trajectory.rewards = measured(trajectory)
+    return trajectory
+
+
 def measured(trajectory: Trajectory) -> dict[str, float]:
     """``rewards.joint.score``, with NaN ("not measured", which summaries leave out) for what this log cannot tell.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -11,7 +11,7 @@ class Sampling:
     """How to continue a prompt.
 
     ``allowed``: the only token ids that may be sampled, or None for the whole vocabulary. ``stop_token`` ends the
-    continuation and is part of it.
+    continuation and is part of it. ``probabilities``: return the log-probabilities of all ``allowed``, too.
     """
 
     max_tokens: int
@@ -19,14 +19,19 @@ class Sampling:
     top_p: float = 1.0
     stop_token: int | None = None
     allowed: tuple[int, ...] | None = None
+    probabilities: bool = False
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Sampled token ids with the log-probability of each under the distribution it was sampled from."""
+    """Sampled token ids with the log-probability of each under the distribution it was sampled from.
+
+    ``allowed_logprobs``: of the first token, in the order of ``Sampling.allowed``; empty unless asked for.
+    """
 
     tokens: list[int]
     logprobs: list[float]
+    allowed_logprobs: Sequence[float] = ()
 
 
 Generate = Callable[[list[int], Sampling], Awaitable[Generation]]

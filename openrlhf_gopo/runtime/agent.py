@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import repeat
 from typing import Any
 
 from openrlhf.utils.agent import AgentExecutorBase
@@ -18,6 +19,7 @@ from vllm import SamplingParams
 from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.rollout.dialogue import run_dialogue
 from openrlhf_gopo.rollout.engine import Generate, Generation, Sampling
+from openrlhf_gopo.rollout.sampled import SampledPolicy
 from openrlhf_gopo.runtime.requests import DialogueRequest, build_policy
 from openrlhf_gopo.types import StopReason, Trajectory
 
@@ -44,20 +46,15 @@ class AgentExecutor(AgentExecutorBase):
             return await self._play(label, sample, llm_engine)
 
     async def _play(self, label: DialogueRequest, sample: int, engine: Any) -> Trajectory:
-        env, policy = build_policy(label.spec)
+        env, prompting = build_policy(label.spec)
         for attempt in range(label.attempts):
             responder = _local(engine, label.sampling_seeds(sample, RESPONDER))
             seeds = label.sampling_seeds(sample, EXPERT)
             own = label.expert_engine is not None
-            expert = _remote(label.expert_engine, seeds) if own else _local(engine, seeds)
+            expert = remote(label.expert_engine, seeds) if own else _local(engine, seeds)
+            policy = SampledPolicy(prompting, {EXPERT: expert, RESPONDER: responder}, label.limits)
             trajectory = await run_dialogue(
-                env,
-                label.goal,
-                policy,
-                {EXPERT: expert, RESPONDER: responder},
-                label.limits,
-                sample=sample,
-                seed=label.dialogue_seed(sample),
+                env, label.goal, policy, label.limits, sample=sample, seed=label.dialogue_seed(sample)
             )
             if trajectory.stop is not StopReason.FAILED or attempt == label.attempts - 1:
                 break
@@ -73,26 +70,34 @@ def sampling_params(sampling: Sampling, seed: int | None = None) -> SamplingPara
         seed=seed,
         stop_token_ids=None if sampling.stop_token is None else [sampling.stop_token],
         allowed_token_ids=None if sampling.allowed is None else list(sampling.allowed),
-        logprobs=0,  # the sampled token's own, under the distribution it was drawn from (processed_logprobs)
+        # The sampled token's own, under the distribution it was drawn from (processed_logprobs), or all allowed ones.
+        logprobs=None if sampling.probabilities else 0,
+        logprob_token_ids=list(sampling.allowed) if sampling.probabilities and sampling.allowed else None,
         detokenize=False,
     )
 
 
-def _generation(output: Any) -> Generation:
+def _generation(output: Any, sampling: Sampling) -> Generation:
     completion = output.outputs[0]
     tokens = list(completion.token_ids)
-    return Generation(tokens, [float(lp[t].logprob) for t, lp in zip(tokens, completion.logprobs, strict=True)])
+    logprobs = [float(lp[t].logprob) for t, lp in zip(tokens, completion.logprobs, strict=True)]
+    asked = sampling.allowed if sampling.probabilities and sampling.allowed else ()
+    return Generation(tokens, logprobs, [float(completion.logprobs[0][t].logprob) for t in asked])
 
 
 def _local(engine: Any, seeds: Iterator[int | None]) -> Generate:
     async def generate(tokens: list[int], sampling: Sampling) -> Generation:
-        return _generation(await engine.generate(list(tokens), sampling_params(sampling, next(seeds))))
+        output = await engine.generate(list(tokens), sampling_params(sampling, next(seeds)))
+        return _generation(output, sampling)
 
     return generate
 
 
-def _remote(engine: Any, seeds: Iterator[int | None]) -> Generate:
+def remote(engine: Any, seeds: Iterator[int | None] = repeat(None)) -> Generate:
+    """``engine`` is a rollout actor in another process; ``seeds``: one for each call."""
+
     async def generate(tokens: list[int], sampling: Sampling) -> Generation:
-        return _generation(await engine.generate.remote(list(tokens), sampling_params(sampling, next(seeds))))
+        output = await engine.generate.remote(list(tokens), sampling_params(sampling, next(seeds)))
+        return _generation(output, sampling)
 
     return generate

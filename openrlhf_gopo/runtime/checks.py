@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from openrlhf_gopo.envs import Environment
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy
 from openrlhf_gopo.rewards.joint import parse_weights
+from openrlhf_gopo.types import Goal
 
 
 def check_flags(args: SimpleNamespace, config: GopoConfig) -> None:
@@ -40,9 +42,7 @@ def check_dialogues(args: SimpleNamespace, config: GopoConfig, env: Environment,
         )
     if args.eval.steps > 0 and not heldout:
         raise ConfigError(f"--eval.steps {args.eval.steps}: {env.name} has no held-out goals; leave the flag out")
-    longest = {(goal.intent): goal for goal in sorted((*train, *heldout), key=lambda g: len(g.context))}
-    for goal in longest.values():
-        _check_budget(args, config, env, policy, goal)
+    check_budget(args, config, env, policy, (*train, *heldout))
 
 
 def gpus_needed(args: SimpleNamespace, config: GopoConfig) -> int:
@@ -63,7 +63,20 @@ def gpus_needed(args: SimpleNamespace, config: GopoConfig) -> int:
     return actor + reference + critic + engines
 
 
-def _check_budget(args, config, env, policy, goal) -> None:
+def check_budget(
+    args: SimpleNamespace, config: GopoConfig, env: Environment, policy: TwoLevelPolicy, goals: Iterable[Goal]
+) -> None:
+    """Room for one turn in both streams, for the goal with the longest context of every intent.
+
+    Raises:
+        ConfigError: --data.max_len cannot hold one turn.
+    """
+    longest = {goal.intent: goal for goal in sorted(goals, key=lambda goal: len(goal.context))}
+    for goal in longest.values():
+        _check_first_turn(args, config, env, policy, goal)
+
+
+def _check_first_turn(args, config, env, policy, goal) -> None:
     catalogue = env.catalogue(goal)
     opening = env.start(goal, seed=0).opening
     expert, responder = policy.streams(goal, catalogue)

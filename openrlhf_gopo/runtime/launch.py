@@ -20,7 +20,7 @@ from ray.util.placement_group import placement_group
 from openrlhf_gopo import platform
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.rewards.joint import parse_weights
-from openrlhf_gopo.rollout.dialogue import Limits
+from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.runtime import agent
 from openrlhf_gopo.runtime.actors import RolePolicyActor, RoleReferenceActor
 from openrlhf_gopo.runtime.checkpoint import Checkpoints
@@ -35,7 +35,7 @@ from openrlhf_gopo.types import Trajectory
 
 def rollout_spec(args: SimpleNamespace, config: GopoConfig) -> RolloutSpec:
     """What a dialogue needs, from the flags."""
-    limits = Limits(
+    limits = TokenLimits(
         max_len=args.data.max_len,
         max_turns=config.max_turns,
         reply_max_tokens=config.reply_max_tokens,
@@ -52,7 +52,7 @@ def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str,
     clock = [psutil.Process().create_time(), time.time()]
     checkpoints = Checkpoints(args, config, results)
     checkpoints.open()
-    init_ray(args, config)
+    init_ray(gpus_needed(args, config), config.worker_logs)
     clock.append(time.time())
     roles = make_roles(args, config)
     place(roles, args, config)
@@ -85,10 +85,10 @@ def save_models(roles: dict[str, Role], args: SimpleNamespace) -> None:
         ray.get([ref for role in roles.values() if role.critic is not None for ref in role.critic.async_save_model()])
 
 
-def init_ray(args: SimpleNamespace, config: GopoConfig) -> None:
+def init_ray(gpus: int, worker_logs: bool = False) -> None:
     """Connect to the running cluster or start a local one, with upstream's environment variables.
 
-    Without a GPU the local cluster gets as many logical ones as the groups will ask for.
+    ``gpus``: how many the groups will ask for; without a GPU the local cluster gets as many logical ones.
     """
     if ray.is_initialized():
         return
@@ -102,17 +102,16 @@ def init_ray(args: SimpleNamespace, config: GopoConfig) -> None:
     }
     runtime_env: dict[str, Any] = {"env_vars": env_vars}
     if not platform.is_cpu():
-        ray.init(runtime_env=runtime_env, log_to_driver=config.worker_logs)
+        ray.init(runtime_env=runtime_env, log_to_driver=worker_logs)
         return
     cpu = platform.ray_runtime_env()
     cpu["env_vars"] = {**env_vars, **cpu["env_vars"]}
-    gpus = gpus_needed(args, config)
     ray.init(
         num_gpus=gpus,
         num_cpus=max(16, 2 * gpus),
         include_dashboard=False,
         runtime_env=cpu,
-        log_to_driver=config.worker_logs,
+        log_to_driver=worker_logs,
     )
 
 
@@ -120,7 +119,7 @@ def place(roles: dict[str, Role], args: SimpleNamespace, config: GopoConfig) -> 
     """Create groups and engines with upstream's placement: separate, actor with reference, or everything together."""
     everything = None
     if args.train.colocate_all:
-        everything = _placement(args.actor)
+        everything = placement(args.actor.num_nodes * args.actor.num_gpus_per_node)
     if not config.own_expert:
         only = roles[RESPONDER]
         _place_role(only, everything, policies=1)
@@ -133,11 +132,12 @@ def place(roles: dict[str, Role], args: SimpleNamespace, config: GopoConfig) -> 
 
 def _place_role(role: Role, everything: Any, *, policies: int) -> None:
     args = role.args
-    together = everything or (_placement(args.actor) if args.train.colocate_actor_ref else None)
+    ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
+    together = everything or (placement(ranks) if args.train.colocate_actor_ref else None)
     # Upstream gives each of actor, reference, critic and engine a fifth of a GPU; two policies share that one GPU.
     share = (0.2 if policies == 1 else 0.1) if everything else (0.2 if together else 1)
     copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
-    role.engines = _engines(args, everything)
+    role.engines = engines(args, args.actor.model_name_or_path, everything)
 
     def group(where: SimpleNamespace, actor_class: Any, bundle: Any, part: float) -> RayActorGroup:
         return RayActorGroup(
@@ -156,19 +156,23 @@ def _place_role(role: Role, everything: Any, *, policies: int) -> None:
         role.critic = group(args.critic, CriticModelActor, everything, share if everything else 1)
 
 
-def _placement(where: SimpleNamespace) -> Any:
-    bundles = [{"GPU": 1, "CPU": 1} for _ in range(where.num_nodes * where.num_gpus_per_node)]
+def placement(gpus: int) -> Any:
+    """A placement group of as many bundles of one GPU, ready."""
+    bundles = [{"GPU": 1, "CPU": 1} for _ in range(gpus)]
     bundle = placement_group(bundles, strategy="PACK")
     ray.get(bundle.ready())
     return bundle
 
 
-def _engines(args: SimpleNamespace, everything: Any) -> list:
-    """vLLM rollout actors that can host dialogues; log-probabilities are those of the distribution sampled from."""
+def engines(args: SimpleNamespace, model: str, everything: Any = None) -> list:
+    """``model`` in vLLM rollout actors that can host dialogues.
+
+    Log-probabilities are those of the distribution that was sampled from.
+    """
     return create_vllm_engines(
         args.vllm.num_engines,
         args.vllm.tensor_parallel_size,
-        args.actor.model_name_or_path,
+        model,
         args.train.seed,
         args.train.full_determinism_enable,
         args.vllm.enable_prefix_caching,

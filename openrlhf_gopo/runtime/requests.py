@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,7 +13,8 @@ from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.envs import Environment, load_environment
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
-from openrlhf_gopo.rollout.dialogue import Limits
+from openrlhf_gopo.rollout.dialogue import dialogue_seed, seed_of
+from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.types import Goal
 from openrlhf_gopo.users import UserSpec
 
@@ -45,7 +45,7 @@ class DialogueRequest:
 
     goal: Goal
     spec: PolicySpec
-    limits: Limits
+    limits: TokenLimits
     seed: int
     common_random_numbers: bool
     attempts: int
@@ -60,16 +60,12 @@ class DialogueRequest:
 
     def dialogue_seed(self, sample: int) -> int:
         """Seed of the user simulator: of (run, goal, sample), or of (run, goal) with common random numbers."""
-        return _number(f"{self.seed}:{self.goal.id}:{0 if self.common_random_numbers else sample}")
+        return dialogue_seed(self.seed, self.goal, 0 if self.common_random_numbers else sample)
 
     def sampling_seeds(self, sample: int, role: str) -> Iterator[int | None]:
         """One seed per call of the role's engine; None (the engine's own generator) unless ``deterministic``."""
         for call in count():
-            yield _number(f"{self.seed}:{self.goal.id}:{sample}:{role}:{call}") if self.deterministic else None
-
-
-def _number(key: str) -> int:
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
+            yield seed_of(f"{self.seed}:{self.goal.id}:{sample}:{role}:{call}") if self.deterministic else None
 
 
 def policy_spec(args: SimpleNamespace, config: GopoConfig) -> PolicySpec:
@@ -95,19 +91,24 @@ def build_policy(spec: PolicySpec) -> tuple[Environment, TwoLevelPolicy]:
     Raises:
         ConfigError, DataError, StreamError: the spec names something unusable.
     """
-    from transformers import AutoTokenizer  # not upstream's wrapper: a dry run needs no OpenRLHF import
-
     env = load_environment(spec.env, spec.data, spec.user)
-
-    def load(flag: str, path: str) -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=True, use_fast=spec.use_fast)
-        except (OSError, ValueError) as error:
-            why = str(error).splitlines()[0]
-            raise ConfigError(f"{flag} {path}: no tokenizer there ({why}); name a model or its folder") from error
-
-    responder = load("--actor.model_name_or_path", spec.responder_path)
+    responder = load_tokenizer("--actor.model_name_or_path", spec.responder_path, spec.use_fast)
     same = spec.expert_path == spec.responder_path
-    expert = responder if same else load("--expert.model_name_or_path", spec.expert_path)
+    expert = responder if same else load_tokenizer("--expert.model_name_or_path", spec.expert_path, spec.use_fast)
     policy = SingleLevelPolicy if spec.single_level else TwoLevelPolicy
     return env, policy(expert, responder, env.catalogue_size(), spec.labels, spec.names_only, spec.plan_tokens)
+
+
+def load_tokenizer(flag: str, path: str, use_fast: bool = True) -> Any:
+    """The tokenizer of the model that ``flag`` named.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer  # not upstream's wrapper: a dry run needs no OpenRLHF import
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=True, use_fast=use_fast)
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise ConfigError(f"{flag} {path}: no tokenizer there ({why}); name a model or its folder") from error

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.errors import DialogueError
 from openrlhf_gopo.evaluation.records import append_trajectory
-from openrlhf_gopo.rollout.dialogue import Limits
+from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.runtime.requests import DialogueRequest, PolicySpec
 from openrlhf_gopo.runtime.samples import DialogueSample
 from openrlhf_gopo.types import Goal, Trajectory
@@ -44,7 +44,7 @@ class RolloutSpec:
     """Everything about a dialogue but its goal and its temperature."""
 
     policy: PolicySpec
-    limits: Limits
+    limits: TokenLimits
     reward_weights: Mapping[str, Mapping[str, float]]
     config: GopoConfig
     seed: int
@@ -76,12 +76,12 @@ class GOPOSamplesGenerator(SamplesGenerator):
         return samples, rate, consumed, exhausted
 
     def evaluate(self, path: Path, **generate_kwargs: Any) -> list[Trajectory]:
-        """All held-out goals, with the same users every time; trajectories go to ``path``."""
+        """All held-out goals, with the same users every time and the expert's probabilities; they go to ``path``."""
         self._seed, training, self.trajectories = self.spec.seed, self.trajectories, path
         path.unlink(missing_ok=True)
         self._wake_expert()
         try:
-            return [s.trajectory for s in self.generate_eval_samples(**generate_kwargs)]
+            return [s.trajectory for s in self.generate_eval_samples(probabilities=True, **generate_kwargs)]
         finally:
             self.trajectories = training
             self._sleep_expert()
@@ -113,7 +113,12 @@ class GOPOSamplesGenerator(SamplesGenerator):
     ) -> list:
         samples = generate_kwargs.get("n_samples_per_prompt", self.args.rollout.n_samples_per_prompt)
         temperature = generate_kwargs.get("temperature", 1.0)
-        limits = replace(self.spec.limits, expert_temperature=temperature, responder_temperature=temperature)
+        limits = replace(
+            self.spec.limits,
+            expert_temperature=temperature,
+            responder_temperature=temperature,
+            probabilities=generate_kwargs.get("probabilities", False),
+        )
         config, refs = self.spec.config, []
         for goal in labels:
             # A goal stays on one engine per role: its K dialogues share the cached prefix.
@@ -148,11 +153,11 @@ class GOPOSamplesGenerator(SamplesGenerator):
         return DialogueSample.of(response, self.spec.reward_weights)
 
     def _check_failures(self, samples: list[DialogueSample]) -> None:
-        errors = [s.trajectory.error or "" for s in samples if s.quarantined]
-        if samples and len(errors) / len(samples) > self.spec.config.max_failure_rate:
-            cause, times = Counter(e.strip().splitlines()[-1] for e in errors).most_common(1)[0]
+        causes = [s.trajectory.cause for s in samples if s.quarantined]
+        if samples and len(causes) / len(samples) > self.spec.config.max_failure_rate:
+            cause, times = Counter(causes).most_common(1)[0]
             raise DialogueError(
-                f"{len(errors)} of {len(samples)} dialogues failed, more than --gopo.max_failure_rate "
+                f"{len(causes)} of {len(samples)} dialogues failed, more than --gopo.max_failure_rate "
                 f"{self.spec.config.max_failure_rate}; the commonest cause ({times} times): {cause}; tracebacks are in "
                 f"{self.trajectories}"
             )

@@ -18,6 +18,7 @@ from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.envs import Environment
 from openrlhf_gopo.evaluation.records import read_trajectories
 from openrlhf_gopo.evaluation.summary import summarise
+from openrlhf_gopo.evaluation.transcript import as_text
 from openrlhf_gopo.runtime.checkpoint import Checkpoints
 from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, GOPOExperienceMaker, ResponderExperienceMaker
 from openrlhf_gopo.runtime.roles import Role
@@ -26,6 +27,8 @@ from openrlhf_gopo.runtime.samples_generator import GoalDataset, GOPOSamplesGene
 from openrlhf_gopo.types import Trajectory
 
 logger = init_logger(__name__)
+
+EXAMPLES = 8  # dialogues of an evaluation that are also written as text
 
 
 class Learner(BasePPOTrainer):
@@ -151,7 +154,7 @@ class GOPOTrainer(BasePPOTrainer):
                 if pass_rate is not None:
                     status["dynamic_filtering_pass_rate"] = pass_rate
                 self.log_metrics(global_step, status)
-                self._track(global_step, status)
+                self._track(global_step, status | self._example(samples))
                 best = False
                 if global_step % self.args.eval.steps == 0:
                     logs, latest = self.evaluate(global_step)
@@ -206,6 +209,9 @@ class GOPOTrainer(BasePPOTrainer):
             temperature=self.args.eval.temperature,
             n_samples_per_prompt=self.args.eval.n_samples_per_prompt,
         )
+        (self.evaluations / f"step_{global_step:05d}.txt").write_text(
+            "\n\n".join(map(as_text, played[:EXAMPLES])) + "\n"
+        )
         summary = summarise(played)
         logs = {f"eval_{key}": interval.mean for key, interval in summary.metrics.items()}
         tse = summary.metrics.get("tse")
@@ -253,6 +259,11 @@ class GOPOTrainer(BasePPOTrainer):
             lengths = [len(s.trajectory.streams[role].tokens) for s in kept]
             status[f"rollout/{role}_tokens"] = sum(lengths) / max(len(lengths), 1)
         return status
+
+    def _example(self, samples: list[DialogueSample]) -> dict[str, Any]:
+        """One dialogue for W&B and TensorBoard, under upstream's name: (text, the responder's return)."""
+        kept = [s for s in samples if not s.quarantined]
+        return {"generated_samples": (as_text(kept[0].trajectory), kept[0].returns[RESPONDER])} if kept else {}
 
     def log_metrics(self, global_step: int, status: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

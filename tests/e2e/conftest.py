@@ -30,9 +30,15 @@ def tiny_model(tmp_path_factory) -> Path:
     """An untrained chat model of 0.3 M parameters with a tied head: an untied one hides a stale head in vLLM."""
     folder = tmp_path_factory.mktemp("model")
     builder = ROOT / "examples" / "quickstart" / "build_model.py"
-    run(builder, "--env", "shop", "--out", folder, "--hidden", 64, "--layers", 2)
+    run(builder, "--env", "shop", "--out", folder, "--hidden", 64, "--layers", 2, "--max_len", 4096)
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
     return folder
+
+
+@pytest.fixture(scope="session")
+def python():
+    """Python with the given arguments as a function; its output goes into the assertion when it fails."""
+    return run
 
 
 @pytest.fixture(scope="session")

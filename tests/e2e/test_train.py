@@ -6,6 +6,7 @@ weights and no other: that proves the sync of both roles, and that it happened w
 """
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,14 @@ PLAN_TOKENS = {"shop": 0, "star": 6}
 @pytest.fixture(scope="module", params=["shop", "star"])
 def trained(request, tmp_path_factory, train, tiny_model, star_data):
     out = tmp_path_factory.mktemp(request.param)
-    data = ["--gopo.data", star_data] if request.param == "star" else []
-    done = train(tiny_model, out, "--gopo.env", request.param, *data, *OBJECTIVES[request.param])
+    # STAR's longest goals (several tasks in one dialogue) need more room than a shop's.
+    data = ["--gopo.data", star_data, "--data.max_len", 4096] if request.param == "star" else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_DIR", str(out))
+        patch.setenv("WANDB_API_KEY", "0" * 40)  # upstream asks for one, offline too
+        trackers = ["--logger.tensorboard_dir", out / "tensorboard", "--logger.wandb.key", "0" * 40]
+        done = train(tiny_model, out, "--gopo.env", request.param, *data, *OBJECTIVES[request.param], *trackers)
     return request.param, (str(star_data) if data else None), tiny_model, out, done
 
 
@@ -146,6 +153,18 @@ def test_every_choice_was_allowed_and_every_other_token_is_the_templates(trained
         assert responder.stream.spans == dialogue.streams["responder"].spans
 
 
+def test_evaluations_record_the_experts_probabilities(rollouts):
+    """Of all allowed strategies, from the distribution that it sampled from; rollouts do without."""
+    first, second, evaluated = rollouts
+    chosen = [turn for d in evaluated for turn in d.turns if not turn.forced]
+    assert chosen
+    for turn in chosen:
+        assert tuple(turn.probabilities) == turn.allowed
+        assert sum(turn.probabilities.values()) == pytest.approx(1.0, abs=1e-3)
+        assert turn.probabilities[turn.strategy] == pytest.approx(math.exp(turn.expert_logprob), rel=1e-4)
+    assert not any(turn.probabilities for d in (*first, *second) for turn in d.turns)
+
+
 def spans_of(stream) -> list[list[int]]:
     return [stream.tokens[start:end] for start, end in stream.spans]
 
@@ -170,6 +189,54 @@ def test_the_results_folder_is_complete(trained):
     table = (results / "table.md").read_text()
     assert "before training" in table
     assert "after training" in table
+
+
+def test_trackers_receive_the_metrics_under_stable_names(trained):
+    """TensorBoard's events and W&B's offline file; both get an example as text."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = trained[3]
+    (events,) = (out / "tensorboard").iterdir()
+    tags = EventAccumulator(str(events)).Reload().Tags()
+    stable = {"train/rollout/tse", "train/expert/pref_accuracy", "train/responder/policy_loss", "eval/eval_tse"}
+    assert stable <= set(tags["scalars"])
+    assert [tag for tag in tags["tensors"] if "generated_samples" in tag]
+    (offline,) = out.glob("wandb/offline-run-*/*.wandb")
+    logged = offline.read_bytes()
+    assert not [name for name in stable if name.encode() not in logged]
+    assert b"generated_samples" in logged
+    example = (out / "results" / "eval" / "step_00002.txt").read_text()
+    assert example.count("goal ") >= 4
+    assert "customer: " in example
+
+
+def test_an_evaluation_of_the_saved_pair_meets_the_same_users(trained, tiny_model, tmp_path, python):
+    """eval_gopo on what training saved: its weights decide, on the goals and users of training's evaluations."""
+    name, _, _, out, _ = trained
+    if name != "shop":
+        pytest.skip("once is enough")
+    command = ("-m", "openrlhf.cli.eval_gopo", "--gopo.env", name, "--out", tmp_path, "--gopo.eval_goals", 4)
+    flags = ("--data.max_len", 2048, "--gopo.reply_max_tokens", 12, "--gopo.max_turns", 4)
+    policies = ("--policy", f"saved=pair:{out / 'expert'},{out / 'responder'}", "--policy", f"one=single:{tiny_model}")
+    policies += ("--policy", f"mixed=pair:{out / 'expert'},scripted", "--policy", "random")
+    python(*command, *flags, *policies)
+    files = {n: tmp_path / "policies" / n / "trajectories.jsonl" for n in ("saved", "one", "mixed", "random")}
+    played = {n: read_trajectories(file) for n, file in files.items()}
+    trained_on = read_trajectories(out / "results" / "eval" / "step_00002.jsonl")
+    users = {(t.goal.id, t.seed, t.turns[0].user) for t in trained_on}
+    for trajectories in played.values():
+        assert {(t.goal.id, t.seed, t.turns[0].user) for t in trajectories} == users
+    for role in ROLES:
+        assert logprob_error(out / role, role, played["saved"]) < 0.02
+    assert logprob_error(out / "expert", "expert", played["mixed"]) < 0.02
+    assert [set(played[n][0].streams) for n in files] == [{"expert", "responder"}, {"responder"}, {"expert"}, set()]
+    assert {t.turns[0].reply for t in played["mixed"]} != {t.turns[0].reply for t in played["saved"]}
+    table = (tmp_path / "table.md").read_text()
+    assert all(f"| {n} | 4 |" in table for n in files)
+    before = {n: file.read_bytes() for n, file in files.items()}
+    again = python(*command, *flags, *policies)
+    assert {n: file.read_bytes() for n, file in files.items()} == before
+    assert "Started a local Ray" not in again.stderr + again.stdout  # nothing to play, no engine
 
 
 def test_it_resumes_where_it_stopped(trained, train):

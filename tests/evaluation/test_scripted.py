@@ -135,7 +135,7 @@ def test_the_environments_turn_limit_ends_a_dialogue():
 
 
 @pytest.mark.parametrize(
-    ("name", "error"), [("broken", "RuntimeError: database gone"), ("endless", "neither stop nor next")]
+    ("name", "error"), [("broken", "RuntimeError: database gone"), ("endless", "a stop reason or a next turn")]
 )
 def test_a_failing_environment_quarantines_one_dialogue(name, error):
     trajectory = play(ToyEnv(), goal(name), 3, 4, ScriptedPolicy())

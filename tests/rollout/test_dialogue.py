@@ -15,8 +15,9 @@ from openrlhf_gopo.errors import SopError
 from openrlhf_gopo.policy import prompts
 from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
 from openrlhf_gopo.rollout import dialogue as module
-from openrlhf_gopo.rollout.dialogue import Limits, run_dialogue
+from openrlhf_gopo.rollout.dialogue import run_dialogue
 from openrlhf_gopo.rollout.engine import Generation
+from openrlhf_gopo.rollout.sampled import SampledPolicy, TokenLimits
 from openrlhf_gopo.types import Goal, Observation, Outcome, StopReason, Strategy, Trajectory
 
 CHATML = (
@@ -142,12 +143,12 @@ class Engine:
         return Generation(sampled, [-number - i / 64 for i in range(len(sampled))])
 
 
-LIMITS = Limits(max_len=2000, max_turns=9, reply_max_tokens=16, user_timeout=5.0)
+LIMITS = TokenLimits(max_len=2000, max_turns=9, reply_max_tokens=16, user_timeout=5.0)
 
 
 def play(env, policy, engine=None, limits=LIMITS, goal=GOAL, **more) -> Trajectory:
     engine = engine or Engine(policy)
-    return asyncio.run(run_dialogue(env, goal, policy, engine.generators(), limits, **more))
+    return asyncio.run(run_dialogue(env, goal, SampledPolicy(policy, engine.generators(), limits), limits, **more))
 
 
 def text(policy, tokens):
@@ -486,7 +487,7 @@ def test_an_engines_exception_propagates(policy, broken, error):
 
     generators = {**Engine(policy).generators(), broken: generate}
     with pytest.raises(type(error), match="engine"):
-        asyncio.run(run_dialogue(ScriptedEnvironment(), GOAL, policy, generators, LIMITS))
+        asyncio.run(run_dialogue(ScriptedEnvironment(), GOAL, SampledPolicy(policy, generators, LIMITS), LIMITS))
 
 
 def test_an_engine_that_ignores_the_allowed_labels_is_no_dialogues_fault(policy):
@@ -498,7 +499,9 @@ def test_an_engine_that_ignores_the_allowed_labels_is_no_dialogues_fault(policy)
 
 
 async def together(policy, env, engine, goals, limits=LIMITS):
-    return await asyncio.gather(*(run_dialogue(env, g, policy, engine.generators(), limits) for g in goals))
+    return await asyncio.gather(
+        *(run_dialogue(env, g, SampledPolicy(policy, engine.generators(), limits), limits) for g in goals)
+    )
 
 
 GOALS = [replace(GOAL, id=f"g{i}") for i in range(32)]
@@ -515,7 +518,9 @@ def test_no_turn_barrier(policy):
             return await super().generate(role, tokens, sampling)
 
     async def main():
-        slow = asyncio.create_task(run_dialogue(env, GOALS[0], policy, Slow(policy).generators(), LIMITS))
+        slow = asyncio.create_task(
+            run_dialogue(env, GOALS[0], SampledPolicy(policy, Slow(policy).generators(), LIMITS), LIMITS)
+        )
         fast = await together(policy, env, Engine(policy), GOALS[1:])
         assert not slow.done()
         assert not any(event.startswith("step g0 ") for event in env.logged)
@@ -556,7 +561,9 @@ def test_a_blocking_environment_does_not_block_the_loop(policy, release):
     env = ScriptedEnvironment(True, faults={"step": wait_for_the_loop})
 
     async def main():
-        running = asyncio.create_task(run_dialogue(env, GOAL, policy, Engine(policy).generators(), LIMITS))
+        running = asyncio.create_task(
+            run_dialogue(env, GOAL, SampledPolicy(policy, Engine(policy).generators(), LIMITS), LIMITS)
+        )
         while not any(event.startswith("step") for event in env.logged):
             await asyncio.sleep(0.001)
         release.set()

@@ -16,7 +16,8 @@ from openrlhf_gopo.envs.checker import check_env
 from openrlhf_gopo.errors import DialogueError
 from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play
 from openrlhf_gopo.policy.template import ChatTemplate
-from openrlhf_gopo.rollout.dialogue import Limits, run_dialogue
+from openrlhf_gopo.rollout.dialogue import run_dialogue
+from openrlhf_gopo.rollout.sampled import SampledPolicy, TokenLimits
 from openrlhf_gopo.types import StopReason
 from openrlhf_gopo.users import UserSpec
 from openrlhf_gopo.users.base import MAX_UTTERANCE, Cue
@@ -25,7 +26,7 @@ from openrlhf_gopo.users.llm import LlmUser
 from .conftest import ROOT, Engine, Reply, asked, completion
 
 KEY = "sk-test-0123456789abcdef"
-LIMITS = Limits(max_len=4000, max_turns=6, reply_max_tokens=16, user_timeout=10.0)
+LIMITS = TokenLimits(max_len=4000, max_turns=6, reply_max_tokens=16, user_timeout=10.0)
 CUE = Cue(
     "the order number is A5", ("A5",), ("tell.order_id",), {"type": "calm"}, {"order_id": "A5"}, "Which one?", "g/1/0"
 )
@@ -47,7 +48,9 @@ def env_of(server, name="shop", data=None, mixture="", **settings):
 def rollout(env, policy, goal, seeds=(0,), limits=LIMITS, reply="sorry about that"):
     async def all_of_them():
         generate = Engine(policy, reply).generators()
-        return await asyncio.gather(*(run_dialogue(env, goal, policy, generate, limits, seed=seed) for seed in seeds))
+        return await asyncio.gather(
+            *(run_dialogue(env, goal, SampledPolicy(policy, generate, limits), limits, seed=seed) for seed in seeds)
+        )
 
     return asyncio.run(all_of_them())
 
@@ -201,7 +204,7 @@ def test_a_failing_endpoint_fails_its_dialogues_and_no_other(server, policy, mon
 def test_a_hanging_endpoint_does_not_stall_the_others(server, policy):
     server.script.extend([Reply(delay=8.0)] * 99)
     env = env_of(server, mixture="agenda=1,")
-    limits = Limits(max_len=4000, max_turns=6, reply_max_tokens=16, user_timeout=0.5)
+    limits = TokenLimits(max_len=4000, max_turns=6, reply_max_tokens=16, user_timeout=0.5)
     started = time.monotonic()
     ended = rollout(env, policy, env.goals("train")[0], range(8), limits)
     assert time.monotonic() - started < 7.0

@@ -15,7 +15,8 @@ from openrlhf_gopo.errors import ConfigError, DialogueError
 from openrlhf_gopo.evaluation.records import append_trajectory, read_trajectories
 from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play
 from openrlhf_gopo.evaluation.summary import slices
-from openrlhf_gopo.rollout.dialogue import Limits, run_dialogue
+from openrlhf_gopo.rollout.dialogue import run_dialogue
+from openrlhf_gopo.rollout.sampled import SampledPolicy, TokenLimits
 from openrlhf_gopo.types import Goal, StopReason
 from openrlhf_gopo.users import UserSpec, parse_mixture
 from openrlhf_gopo.users.base import MAX_UTTERANCE, AsDrafted, Cue, Share, Users, UserSimulator, Voice
@@ -23,7 +24,7 @@ from openrlhf_gopo.users.base import MAX_UTTERANCE, AsDrafted, Cue, Share, Users
 from .conftest import ROOT, Engine
 
 STAR = str(ROOT / "tests" / "envs" / "star_fixture")
-LIMITS = Limits(max_len=4000, max_turns=6, reply_max_tokens=16, user_timeout=10.0)
+LIMITS = TokenLimits(max_len=4000, max_turns=6, reply_max_tokens=16, user_timeout=10.0)
 SHOUTS = """
 from openrlhf_gopo.users import UserSimulator
 
@@ -210,7 +211,9 @@ def test_the_simulator_is_recorded_and_makes_slices(plugin, tmp_path, policy):
     goal = env.goals("train")[0]
 
     def rollout(seed):
-        return asyncio.run(run_dialogue(env, goal, policy, Engine(policy).generators(), LIMITS, seed=seed))
+        return asyncio.run(
+            run_dialogue(env, goal, SampledPolicy(policy, Engine(policy).generators(), LIMITS), LIMITS, seed=seed)
+        )
 
     trajectories = [rollout(seed) for seed in range(8)]
     assert all(t.error is None for t in trajectories)
@@ -231,7 +234,10 @@ def test_one_simulator_that_fails_costs_its_own_dialogues_only(plugin, policy):
 
     async def rollout():
         engine = Engine(policy)
-        runs = [run_dialogue(env, goal, policy, engine.generators(), LIMITS, seed=seed) for seed in range(10)]
+        runs = [
+            run_dialogue(env, goal, SampledPolicy(policy, engine.generators(), LIMITS), LIMITS, seed=seed)
+            for seed in range(10)
+        ]
         return await asyncio.gather(*runs)
 
     ended = asyncio.run(rollout())

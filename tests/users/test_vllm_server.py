@@ -22,7 +22,8 @@ from openrlhf_gopo import platform
 from openrlhf_gopo.config import LlmConfig
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.errors import DialogueError
-from openrlhf_gopo.rollout.dialogue import Limits, run_dialogue
+from openrlhf_gopo.rollout.dialogue import run_dialogue
+from openrlhf_gopo.rollout.sampled import SampledPolicy, TokenLimits
 from openrlhf_gopo.types import StopReason
 from openrlhf_gopo.users import UserSpec
 
@@ -36,7 +37,7 @@ pytestmark = [
 ]
 
 KEY = "sk-test-0123456789abcdef"
-LIMITS = Limits(max_len=4000, max_turns=12, reply_max_tokens=16, user_timeout=60.0)
+LIMITS = TokenLimits(max_len=4000, max_turns=12, reply_max_tokens=16, user_timeout=60.0)
 
 
 @dataclass
@@ -100,7 +101,10 @@ def play(served, policy, seeds, cache=None, vague=True):
     engine = Engine(policy, reply="hm")
 
     async def all_of_them():
-        runs = [run_dialogue(env, goal, policy, engine.generators(), LIMITS, seed=seed) for seed in seeds]
+        runs = [
+            run_dialogue(env, goal, SampledPolicy(policy, engine.generators(), LIMITS), LIMITS, seed=seed)
+            for seed in seeds
+        ]
         return await asyncio.gather(*runs)
 
     return asyncio.run(all_of_them()), env.users.shares[0].simulator.endpoint.usage

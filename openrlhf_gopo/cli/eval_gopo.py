@@ -1,0 +1,138 @@
+"""``python -m openrlhf.cli.eval_gopo``: any number of policies on the same held-out goals with the same users.
+
+    python -m openrlhf.cli.eval_gopo --gopo.env shop --out runs/eval --gopo.eval_goals 200 \\
+        --policy before=pair:runs/quickstart/warm_expert,runs/quickstart/warm_responder \\
+        --policy after=pair:runs/quickstart/expert,runs/quickstart/responder --policy random
+
+Every dialogue is kept as it ends: the same command again goes on where it stopped. The first policy is what the others
+are compared with. Flags have the names and meanings that they have in train_gopo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from openrlhf_gopo import platform
+from openrlhf_gopo.config import GopoConfig, LlmConfig, default, flags
+from openrlhf_gopo.errors import ConfigError, GopoError
+from openrlhf_gopo.evaluation.contenders import parse_contenders
+
+if TYPE_CHECKING:
+    from openrlhf_gopo.runtime.evaluation import Evaluation
+
+# Of train_gopo's flags, those that an evaluation has a use for.
+GOPO = (
+    *("env", "data", "user", "max_turns", "reply_max_tokens", "labels", "names_only", "expert_mode"),
+    *("expert_plan_tokens", "user_timeout", "attempts", "eval_goals", "worker_logs"),
+)
+UPSTREAM = (
+    *("data.max_len", "eval.temperature", "eval.n_samples_per_prompt", "rollout.top_p", "train.seed"),
+    *("train.full_determinism_enable", "vllm.num_engines", "vllm.tensor_parallel_size"),
+    *("vllm.gpu_memory_utilization", "vllm.enable_prefix_caching", "vllm.enforce_eager"),
+)
+# What changes the dialogues: an evaluation goes on only where all of it is as before.
+FIXED = (
+    *("gopo.env", "gopo.data", "gopo.user", "gopo.max_turns", "gopo.reply_max_tokens", "gopo.labels"),
+    *("gopo.names_only", "gopo.expert_mode", "gopo.expert_plan_tokens", "data.max_len", "eval.temperature"),
+    *("rollout.top_p", "train.seed"),
+)
+
+
+def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The flags of an evaluation; those of train_gopo are taken from their own definitions."""
+    parser = argparse.ArgumentParser(
+        prog="python -m openrlhf.cli.eval_gopo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="[NAME=]SPEC",
+        help="repeatable: pair:EXPERT,RESPONDER with halves PATH, "
+        "endpoint:MODEL@URL, scripted:SKILL or random; single:PATH; endpoint:MODEL@URL; scripted:SKILL; random; human; "
+        "human:FILE",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the dialogues and of the report")
+    parser.add_argument("--split", choices=("heldout", "train"), default="heldout", help="whose goals")
+    parser.add_argument("--concurrency", type=int, default=64, help="dialogues under way at once")
+    for cls, prefix, names in ((GopoConfig, "gopo", GOPO), (LlmConfig, "gopo.llm", None)):
+        for f in flags(cls):
+            if names is not None and f.name not in names:
+                continue
+            kind = {"action": "store_true"} if f.metadata["kind"] is bool else {"type": f.metadata["kind"]}
+            parser.add_argument(f"--{prefix}.{f.name}", default=default(f), help=f.metadata["help"], **kind)
+    for action in upstream._actions:
+        if action.dest in UPSTREAM:
+            parser._add_action(action)
+    parser.set_defaults(**{"eval.n_samples_per_prompt": 1, "eval.temperature": 1.0})
+    if platform.is_cpu():
+        known = {action.dest for action in parser._actions}
+        parser.set_defaults(**{name: value for name, value in platform.FLAG_DEFAULTS.items() if name in known})
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Play, compare, report. Every expected error is one line; status 1: a policy had to be left out, 2: all had."""
+    logging.basicConfig(format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
+
+        flat = vars(build_parser(UpstreamCli.load().parser).parse_args(argv))
+        contenders = parse_contenders(flat["policy"])
+        given = {f.name: flat[f"gopo.{f.name}"] for f in flags(GopoConfig) if f"gopo.{f.name}" in flat}
+        llm = LlmConfig(**{f.name: flat[f"gopo.llm.{f.name}"] for f in flags(LlmConfig)})
+        config = GopoConfig(**given, llm=llm)
+        for name in ("concurrency", "eval.n_samples_per_prompt", "data.max_len"):
+            if flat[name] < 1:
+                raise ConfigError(f"--{name} {flat[name]}: give 1 or more")
+        platform.activate()  # before transformers is imported
+        from openrlhf_gopo.runtime.evaluation import Evaluation
+
+        fixed = {name: flat[name] for name in FIXED}
+        evaluation = Evaluation(_nested(flat), config, contenders, flat["out"], flat["split"], fixed)
+        status = _report(flat["out"], evaluation)
+    except GopoError as error:
+        print(f"eval_gopo: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if status:
+        raise SystemExit(status)
+
+
+def _nested(flat: dict[str, Any]) -> SimpleNamespace:
+    """Upstream's flags as its classes read them: ``vllm.num_engines`` is ``args.vllm.num_engines``."""
+    args = SimpleNamespace(concurrency=flat["concurrency"], vllm=SimpleNamespace(enable_sleep=False))
+    for name in UPSTREAM:
+        group, _, leaf = name.partition(".")
+        setattr(args, group, getattr(args, group, SimpleNamespace()))
+        setattr(getattr(args, group), leaf, flat[name])
+    return args
+
+
+def _report(out: Path, evaluation: Evaluation) -> int:
+    """Play all, then write the report; the command's exit status."""
+    from rich.console import Console
+
+    from openrlhf_gopo.evaluation.report import write_results
+
+    phases, left_out = evaluation.run()
+    for name, why in left_out.items():
+        print(f"eval_gopo: {name} left out: {why}", file=sys.stderr)
+    if phases:
+        written = write_results(out, phases)
+        console = Console(soft_wrap=True)
+        console.print(written["table"].read_text(), markup=False)
+        for name, path in written.items():
+            console.print(f"{name:>16}  {path}", markup=False)
+    return (1 if phases else 2) if left_out else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The policies of an evaluation by name, as ``--policy NAME=SPEC`` gives them.
+
+pair:EXPERT,RESPONDER     two halves; each is one of
+                          PATH                    a local Hugging Face model, through vLLM
+                          endpoint:MODEL@URL      a model behind an OpenAI-compatible API
+                          scripted[:SKILL]        a script that sees the hidden goal; random: its skill 0
+endpoint:MODEL@URL        one remote model as both halves
+single:PATH               one local model as --gopo.policy single_level trains it
+scripted[:SKILL], random  the script as both halves
+human, human:FILE         the human dialogues the goals were made from, or logs in the format of cli.logs: scored
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from openrlhf_gopo.errors import ConfigError
+from openrlhf_gopo.evaluation.scripted import ScriptedPolicy
+
+KINDS = ("pair", "single", "endpoint", "scripted", "random", "human")
+HALVES = ("model", "endpoint", "scripted", "random")
+
+
+@dataclass(frozen=True)
+class Half:
+    """``kind`` is one of ``HALVES``; ``value`` is what follows: a path, MODEL@URL, a skill."""
+
+    kind: str
+    value: str = ""
+
+    def script(self) -> ScriptedPolicy:
+        """The script of a ``scripted`` or ``random`` half; it makes no slips.
+
+        Raises:
+            ConfigError: the skill is no probability.
+        """
+        if self.kind == "random":
+            return ScriptedPolicy(0.0, slip=0.0)
+        try:
+            return ScriptedPolicy(float(self.value or 1.0), slip=0.0)
+        except ValueError:
+            raise ConfigError(f"--policy scripted:{self.value}: the skill is no number; give one in [0, 1]") from None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of an evaluation. ``kind``: pair, single or human; of a single both halves are the same model.
+
+    ``expert`` and ``responder`` are None for human dialogues; ``file`` is their log, if they have one of their own.
+    """
+
+    name: str
+    spec: str
+    kind: str
+    expert: Half | None = None
+    responder: Half | None = None
+    file: str | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Paths of the local models, each once."""
+        halves = (half for half in (self.expert, self.responder) if half is not None)
+        return tuple(dict.fromkeys(half.value for half in halves if half.kind == "model"))
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder on disk."""
+        return re.sub(r"[^\w.-]+", "_", self.name).strip("._") or "policy"
+
+
+def parse_contenders(texts: Iterable[str]) -> list[Contender]:
+    """``NAME=SPEC`` or ``SPEC`` alone, in order.
+
+    Raises:
+        ConfigError: not such a text, or two of one name.
+    """
+    found: dict[str, Contender] = {}
+    for text in texts:
+        contender = _contender(text)
+        folder = contender.folder
+        if folder in found:
+            raise ConfigError(
+                f"--policy {text}: named like {found[folder].spec!r}; give them different names, as in NAME={text}"
+            )
+        found[folder] = contender
+    if not found:
+        raise ConfigError("--policy: give at least one, as in --policy after=pair:runs/expert,runs/responder")
+    return list(found.values())
+
+
+def _contender(text: str) -> Contender:
+    named = re.match(r"([^=:,@]+)=", text)
+    name, spec = (named[1].strip(), text[named.end() :]) if named else (text, text)
+    kind, _, value = spec.partition(":")
+    if kind not in KINDS or (kind in ("pair", "single", "endpoint")) > bool(value):
+        raise ConfigError(
+            f"--policy {text}: give [NAME=]pair:EXPERT,RESPONDER, single:PATH, endpoint:MODEL@URL, scripted:SKILL, "
+            "random, human or human:FILE"
+        )
+    if kind == "human":
+        return Contender(name, spec, "human", file=value or None)
+    if kind == "single":
+        half = Half("model", value)
+        return Contender(name, spec, "single", half, half)
+    if kind == "pair":
+        halves = [_half(text, part.strip()) for part in value.split(",")]
+        if len(halves) != 2:
+            raise ConfigError(f"--policy {text}: a pair has two halves, as in pair:EXPERT,RESPONDER")
+        return Contender(name, spec, "pair", halves[0], halves[1])
+    half = _half(text, spec)
+    return Contender(name, spec, "pair", half, half)
+
+
+def _half(text: str, part: str) -> Half:
+    kind, _, value = part.partition(":")
+    half = Half(kind, value) if kind in HALVES[1:] else Half("model", part)
+    if not part or (half.kind == "endpoint" and not re.fullmatch(r".+?@\w+://.+", value)):
+        raise ConfigError(f"--policy {text}: half {part!r}: give a path, endpoint:MODEL@URL, scripted:SKILL or random")
+    if half.kind in ("scripted", "random"):
+        half.script()
+    return half

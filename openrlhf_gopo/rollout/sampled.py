@@ -1,0 +1,110 @@
+"""Agents whose two roles are token streams, continued by an inference engine: what training rolls out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from openrlhf_gopo.config import EXPERT, RESPONDER
+from openrlhf_gopo.policy import prompts
+from openrlhf_gopo.policy.two_level import StreamBuilder, TwoLevelPolicy
+from openrlhf_gopo.rollout.agent import Agent, Case, Choice, Reply
+from openrlhf_gopo.rollout.dialogue import Limits
+from openrlhf_gopo.rollout.engine import Generate, Sampling
+from openrlhf_gopo.types import Strategy, Turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLimits(Limits):
+    """``max_len``: tokens of one stream. ``reply_max_tokens``: cap of one reply.
+
+    ``probabilities``: ask the engine for those of all allowed labels, for a reader of the dialogues.
+    """
+
+    max_len: int
+    reply_max_tokens: int
+    expert_temperature: float = 1.0
+    responder_temperature: float = 1.0
+    responder_top_p: float = 1.0
+    probabilities: bool = False
+
+
+@dataclass(frozen=True)
+class SampledPolicy:
+    """``policy`` says which tokens are asked; ``generate`` (by role) samples them.
+
+    An engine's exception is not a dialogue's fault: it is no ``DialogueError`` and ends the rollout.
+    """
+
+    policy: TwoLevelPolicy
+    generate: Mapping[str, Generate]
+    limits: TokenLimits
+
+    def open(self, case: Case) -> Agent:
+        """Fresh streams, opened by what the policy tells each role."""
+        deciding, writing = self.policy.streams(case.goal, case.catalogue)
+        builders = {EXPERT: deciding, RESPONDER: writing}
+        return Agent(
+            _Expert(self, deciding, self.policy.label_ids(case.catalogue)),
+            _Responder(self, writing, {s.id: s for s in case.catalogue}),
+            {role: builders[role].stream for role in self.policy.roles},
+        )
+
+
+def _full(builder: StreamBuilder, asked: list[int], cap: int, limits: TokenLimits) -> bool:
+    return len(builder.stream.tokens) + len(asked) + cap > limits.max_len
+
+
+@dataclass(frozen=True)
+class _Expert:
+    sampled: SampledPolicy
+    stream: StreamBuilder
+    label_ids: Mapping[str, int]
+
+    async def choose(self, past: Sequence[Turn], turn: Turn) -> Choice | None:
+        policy, limits = self.sampled.policy, self.sampled.limits
+        asked = self.stream.message(policy.decision_text(past[-1].reply if past else None, turn.user))
+        if _full(self.stream, asked, 1 + policy.room_to_plan(), limits):
+            return None
+        self.stream.ask(asked)
+        ids = [self.label_ids[s] for s in turn.allowed]
+        if len(ids) == 1:
+            self.stream.force(ids[0])
+            return Choice(turn.allowed[0])
+        plan = await self._plan() if policy.plan_tokens else ""
+        sampling = Sampling(1, limits.expert_temperature, allowed=tuple(ids), probabilities=limits.probabilities)
+        chosen = await self.sampled.generate[EXPERT](self.stream.stream.tokens, sampling)
+        self.stream.act(chosen.tokens, chosen.logprobs, ids)
+        chances = zip(turn.allowed, map(math.exp, chosen.allowed_logprobs), strict=True) if limits.probabilities else ()
+        return Choice(turn.allowed[ids.index(chosen.tokens[0])], chosen.logprobs[0], dict(chances), plan)
+
+    async def _plan(self) -> str:
+        policy, limits = self.sampled.policy, self.sampled.limits
+        template = self.stream.template
+        sampling = Sampling(policy.plan_tokens, limits.expert_temperature, stop_token=template.stop_token)
+        plan = await self.sampled.generate[EXPERT](self.stream.stream.tokens, sampling)
+        self.stream.act(plan.tokens, plan.logprobs)
+        self.stream.ask(self.stream.message(prompts.LABEL_QUESTION))
+        return template.decode(plan.tokens)
+
+
+@dataclass(frozen=True)
+class _Responder:
+    sampled: SampledPolicy
+    stream: StreamBuilder
+    strategies: Mapping[str, Strategy]
+
+    async def write(self, past: Sequence[Turn], turn: Turn) -> Reply | None:
+        limits, cap = self.sampled.limits, self.sampled.limits.reply_max_tokens
+        order = self.sampled.policy.reply_text(turn.user, self.strategies[turn.strategy], turn.briefing)
+        asked = self.stream.message(order)
+        if _full(self.stream, asked, cap, limits):
+            return None
+        self.stream.ask(asked)
+        stop = self.stream.template.stop_token
+        sampling = Sampling(cap, limits.responder_temperature, limits.responder_top_p, stop)
+        written = await self.sampled.generate[RESPONDER](self.stream.stream.tokens, sampling)
+        self.stream.act(written.tokens, written.logprobs)
+        cut = len(written.tokens) == cap and written.tokens[-1] != stop
+        return Reply(self.stream.template.decode(written.tokens), cut)

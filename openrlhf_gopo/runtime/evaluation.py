@@ -1,0 +1,143 @@
+"""Evaluations: contenders one after the other, their local models in OpenRLHF's vLLM rollout actors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+
+from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
+from openrlhf_gopo.envs import load_environment
+from openrlhf_gopo.errors import ConfigError, GopoError
+from openrlhf_gopo.evaluation.contenders import Contender, Half
+from openrlhf_gopo.evaluation.human import logged
+from openrlhf_gopo.evaluation.run import Job, evaluate
+from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
+from openrlhf_gopo.rollout.agent import Halves, Policy
+from openrlhf_gopo.rollout.sampled import SampledPolicy, TokenLimits
+from openrlhf_gopo.runtime.checks import check_budget
+from openrlhf_gopo.runtime.engines import Engines
+from openrlhf_gopo.runtime.requests import load_tokenizer
+from openrlhf_gopo.types import Trajectory
+from openrlhf_gopo.users import UserSpec
+
+
+class Evaluation:
+    """One run of ``cli.eval_gopo``: contenders on the same goals with the same users, a folder of dialogues each.
+
+    Args:
+        args: upstream's nested namespace with what ``cli.eval_gopo`` takes of it, and ``concurrency``.
+        fixed: flags and values that the dialogues depend on; kept beside them.
+
+    Raises:
+        ConfigError: no goals, or what ``load_environment`` raises.
+    """
+
+    def __init__(
+        self,
+        args: SimpleNamespace,
+        config: GopoConfig,
+        contenders: Sequence[Contender],
+        out: Path,
+        split: str,
+        fixed: Mapping[str, Any],
+    ) -> None:
+        self.args, self.config, self.contenders = args, config, contenders
+        self.out, self.fixed = out, fixed
+        user = UserSpec(config.user, config.llm, config.user_timeout) if config.user else None
+        self.env = load_environment(config.env, config.data, user)
+        self.goals = list(self.env.goals(split))[: config.eval_goals]
+        if not self.goals:
+            raise ConfigError(f"--split {split}: the environment {config.env} has no such goals")
+        self.engines = Engines(args, max(len(contender.models) for contender in contenders))
+
+    def run(self) -> tuple[dict[str, list[Trajectory]], dict[str, str]]:
+        """By name: the scored dialogues of each contender, and why others could not be evaluated."""
+        played: dict[str, list[Trajectory]] = {}
+        left_out: dict[str, str] = {}
+        for contender in self.contenders:
+            try:
+                played[contender.name] = self._dialogues(contender)
+            except (GopoError, ray.exceptions.RayError) as error:
+                left_out[contender.name] = str(error)
+        self.engines.end()
+        return played, left_out
+
+    def _dialogues(self, contender: Contender) -> list[Trajectory]:
+        """Played now or before.
+
+        Raises:
+            GopoError, RayError: the contender cannot be evaluated.
+        """
+        if contender.kind == "human":
+            return logged(self.env, self.config.data, contender.file, self.goals)
+        folder = self.out / "policies" / contender.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._check_settings(contender, folder / "settings.json")
+        limits = TokenLimits(
+            max_len=self.args.data.max_len,
+            max_turns=self.config.max_turns,
+            reply_max_tokens=self.config.reply_max_tokens,
+            user_timeout=self.config.user_timeout,
+            expert_temperature=self.args.eval.temperature,
+            responder_temperature=self.args.eval.temperature,
+            responder_top_p=self.args.rollout.top_p,
+            probabilities=True,
+        )
+        jobs = Job.of(self.goals, self.args.eval.n_samples_per_prompt, self.args.train.seed)
+        played = evaluate(
+            self.env,
+            jobs,
+            lambda: self._policy(contender, limits),
+            limits,
+            folder / "trajectories.jsonl",
+            concurrency=self.args.concurrency,
+            attempts=self.config.attempts,
+            label=contender.name,
+        )
+        return asyncio.run(played)
+
+    def _policy(self, contender: Contender, limits: TokenLimits) -> Policy:
+        expert, responder = contender.expert, contender.responder
+        sampled = self._sampled(contender, limits) if contender.models else None
+
+        def half(of: Half) -> Policy:
+            return sampled if of.kind == "model" else of.script()
+
+        return half(expert) if expert == responder else Halves(half(expert), half(responder))
+
+    def _sampled(self, contender: Contender, limits: TokenLimits) -> SampledPolicy:
+        """The streams of local models; a half that is not local borrows the other's tokenizer, and is never used."""
+        halves = {EXPERT: contender.expert, RESPONDER: contender.responder}
+        local = {role: half.value for role, half in halves.items() if half.kind == "model"}
+        tokenizers = {model: load_tokenizer("--policy", model) for model in contender.models}
+        anyone = next(iter(local.values()))
+        prompting = (SingleLevelPolicy if contender.kind == "single" else TwoLevelPolicy)(
+            tokenizers[local.get(EXPERT, anyone)],
+            tokenizers[local.get(RESPONDER, anyone)],
+            self.env.catalogue_size(),
+            self.config.labels,
+            self.config.names_only,
+            self.config.expert_plan_tokens if self.config.expert_mode == "plan" else 0,
+        )
+        check_budget(self.args, self.config, self.env, prompting, self.goals)
+        self.engines.start(contender.models)
+        return SampledPolicy(prompting, {role: self.engines.generate(model) for role, model in local.items()}, limits)
+
+    def _check_settings(self, contender: Contender, path: Path) -> None:
+        now = {"policy": contender.spec, **{f"--{name}": value for name, value in self.fixed.items()}}
+        if not path.exists():
+            path.write_text(json.dumps(now, indent=1) + "\n")
+            return
+        before = json.loads(path.read_text())
+        for name, value in now.items():
+            if before.get(name) != value:
+                raise ConfigError(
+                    f"{path}: its dialogues were played with {name} {before.get(name)}, not {value}; give another "
+                    "--out, or delete the folder"
+                )
