@@ -90,7 +90,7 @@ class Turn:
     ``expected`` are the strings a faithful reply contains. ``probabilities`` are the expert's of the allowed strategies
     (empty when not asked for, or when forced). ``expert_logprob`` is the sampler's log pi_E(z_t), 0 when
     forced (one allowed strategy). ``reply_cut`` is True when the reply hit its token cap. ``plan`` is what the expert
-    wrote before it chose, if it plans.
+    wrote before it chose, if it plans. ``version``: updates that the weights which played it had had.
     """
 
     user: str
@@ -109,6 +109,7 @@ class Turn:
     forced: bool = False
     reply_cut: bool = False
     plan: str = ""
+    version: int = 0
 
 
 @dataclass

@@ -35,12 +35,20 @@ class PolicySpec:
     user: UserSpec | None = None
 
 
+@dataclass(frozen=True)
+class Switch:
+    """Sent to a rollout actor around a change of weights: ``version`` None closes its gate, a number opens it again."""
+
+    version: int | None
+
+
 @dataclass
 class DialogueRequest:
     """One group: K dialogues about ``goal``. ``expert_engine`` is None when one engine serves both roles.
 
     ``deterministic``: every token is drawn from a seed of its own, and dialogues of one engine take turns, so that what
-    a model computes does not depend on what else is in its batch.
+    a model computes does not depend on what else is in its batch. ``version``: updates that the weights have had.
+    ``per_turn``: weights may change between its turns, not only between dialogues (--gopo.version_switch).
     """
 
     goal: Goal
@@ -50,6 +58,8 @@ class DialogueRequest:
     common_random_numbers: bool
     attempts: int
     deterministic: bool = False
+    version: int = 0
+    per_turn: bool = False
     expert_engine: Any = None
     _claimed: int = field(default=0, repr=False)
 
