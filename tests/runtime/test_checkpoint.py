@@ -21,7 +21,7 @@ from openrlhf_gopo.runtime.samples_generator import GoalDataset, GOPOSamplesGene
 from openrlhf_gopo.types import Goal, StopReason, Trajectory
 
 sys.path.insert(0, str(Path(__file__).parent))
-import test_parallel  # noqa: E402
+import test_parallel
 
 folder = test_parallel.folder  # its model and dialogues
 SCRIPT = str(Path(__file__).with_name("checkpoint_script.py"))
