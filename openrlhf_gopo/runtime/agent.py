@@ -106,8 +106,9 @@ def _local(engine: Any, seeds: Iterator[int | None]) -> Generate:
     return generate
 
 
-def remote(engine: Any, seeds: Iterator[int | None] = repeat(None)) -> Generate:
+def remote(engine: Any, seeds: Iterator[int | None] | None = None) -> Generate:
     """``engine`` is a rollout actor in another process; ``seeds``: one for each call."""
+    seeds = seeds or repeat(None)
 
     async def generate(tokens: list[int], sampling: Sampling) -> Generation:
         output = await engine.generate.remote(list(tokens), sampling_params(sampling, next(seeds)))
