@@ -137,6 +137,12 @@ class GopoConfig:
         choices=("joint", "alternate", EXPERT, RESPONDER),
     )
     schedule_steps: int = flag(1, "steps of one role's turn with --gopo.schedule alternate")
+    version_switch: str = flag(
+        "turn",
+        "with --train.partial_rollout_enable: when dialogues under way get new weights, of both roles at once: between "
+        "two turns, or never within a dialogue",
+        choices=("turn", "dialogue"),
+    )
     common_random_numbers: bool = flag(False, "give every trajectory of a group the same user noise")
     user_timeout: float = flag(60.0, "seconds one call of the environment may take before the dialogue fails")
     attempts: int = flag(2, "times a failing dialogue is run before it is quarantined")

@@ -211,6 +211,7 @@ _TURN: dict[str, Check] = {
     "engagement": _number,
     "on_task": _flag,
     "plan": _text,
+    "version": _whole,
     "expert_logprob": _number,
     "forced": _flag,
     "reply_cut": _flag,

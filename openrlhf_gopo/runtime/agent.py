@@ -20,8 +20,9 @@ from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.rewards.custom import load_rewards
 from openrlhf_gopo.rollout.dialogue import run_dialogue
 from openrlhf_gopo.rollout.engine import Generate, Generation, Sampling
+from openrlhf_gopo.rollout.gate import Gate
 from openrlhf_gopo.rollout.sampled import SampledPolicy
-from openrlhf_gopo.runtime.requests import DialogueRequest, build_policy
+from openrlhf_gopo.runtime.requests import DialogueRequest, Switch, build_policy
 from openrlhf_gopo.types import StopReason, Trajectory
 
 
@@ -29,24 +30,37 @@ class AgentExecutor(AgentExecutorBase):
     """Plays dialogues; upstream's rollout actor calls ``execute`` once per sample, all of them at once."""
 
     def __init__(self) -> None:
-        self._alone = asyncio.Lock()
+        self._alone, self._gate = asyncio.Lock(), Gate()
 
     async def execute(
         self,
         prompt: str,
-        label: DialogueRequest,
+        label: DialogueRequest | Switch,
         sampling_params: Any,
         max_length: int,
         hf_tokenizer: Any,
         llm_engine: Any,
         images: Any = None,
-    ) -> Trajectory:
-        """One dialogue. A failed one is run again with the same seed, ``attempts`` times in all."""
+    ) -> Trajectory | None:
+        """One dialogue. A failed one is run again with the same seed, ``attempts`` times in all.
+
+        A ``Switch`` is no dialogue: closing the gate returns when no turn, or no dialogue, is inside any more.
+        """
+        if isinstance(label, Switch):
+            if label.version is None:
+                await self._gate.close()
+            else:
+                self._gate.open(label.version)
+            return None
+        self._gate.version = max(self._gate.version, label.version)
         sample = label.claim()
         async with self._alone if label.deterministic else nullcontext():
-            return await self._play(label, sample, llm_engine)
+            if label.per_turn:
+                return await self._play(label, sample, llm_engine, self._gate)
+            async with self._gate:
+                return await self._play(label, sample, llm_engine, Gate(self._gate.version))
 
-    async def _play(self, label: DialogueRequest, sample: int, engine: Any) -> Trajectory:
+    async def _play(self, label: DialogueRequest, sample: int, engine: Any, gate: Gate) -> Trajectory:
         env, prompting = build_policy(label.spec)
         rewards = load_rewards(label.rewards)
         for attempt in range(label.attempts):
@@ -63,6 +77,7 @@ class AgentExecutor(AgentExecutorBase):
                 sample=sample,
                 seed=label.dialogue_seed(sample),
                 rewards=rewards,
+                gate=gate,
             )
             if trajectory.stop is not StopReason.FAILED or attempt == label.attempts - 1:
                 break

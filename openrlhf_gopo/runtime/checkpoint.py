@@ -22,11 +22,12 @@ from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.errors import CheckpointError, ConfigError
 from openrlhf_gopo.evaluation.records import append_trajectory, read_trajectories
 from openrlhf_gopo.runtime.manifest import START, CheckpointFolder, CheckpointSet, unwritten
-from openrlhf_gopo.runtime.random_states import random_states, restore_random_states
+from openrlhf_gopo.runtime.random_states import restore_random_states
 from openrlhf_gopo.runtime.resume import check_flags, cut_logs, log_offsets, recorded_flags
 from openrlhf_gopo.runtime.roles import Role
 
 if TYPE_CHECKING:
+    from openrlhf_gopo.runtime.rollouts import Snapshot
     from openrlhf_gopo.runtime.trainer import GOPOTrainer
 
 TRAINER = "trainer"  # the driver's folder beside those of the roles
@@ -107,8 +108,9 @@ class Checkpoints:
                 parts.append(f"{name}/_critic/{tag}")
         return parts
 
-    def save(self, trainer: GOPOTrainer, tag: str, position: dict[str, Any]) -> None:
-        """Write a set: every model's folder, the driver's, then the manifest.
+    def save(self, trainer: GOPOTrainer, tag: str, position: dict[str, Any], data: Snapshot) -> None:
+        """Write a set: every model's folder, the driver's, then the manifest. ``data``: where the rollouts stood when
+        they had made the batch that was trained on last.
 
         Raises:
             CheckpointError: something could not be written; complete sets are as they were.
@@ -120,17 +122,17 @@ class Checkpoints:
         parts = self._parts(roles, tag)
         self.folder.prepare(tag, parts)
         self._save_models(roles, tag)
-        self._save_driver(trainer, self.folder.root / parts[0], tag)
+        self._save_driver(data, self.folder.root / parts[0], tag)
         state = {
             "position": position,
-            "samples": trainer.samples_generator.state(),
+            "samples": data.samples,
             "kl": {name: learner.kl_ctl.value for name, learner in trainer.learners.items()},
             "best": {
                 "key": trainer.best_eval_metric_key,
                 "value": _finite(trainer.best_eval_metric_value),
                 "latest": _finite(trainer._latest_eval_metric_value),
             },
-            "logs": log_offsets(self.results),
+            "logs": log_offsets(self.results) | data.logs,
         }
         metric, step = state["best"]["latest"], position["global_step"]
         self.folder.commit(tag, step, parts, metric=metric, state=state, flags=self.flags)
@@ -149,12 +151,12 @@ class Checkpoints:
             why = str(error).strip().splitlines()[-1]
             raise CheckpointError(unwritten(self.folder, tag, why)) from error
 
-    def _save_driver(self, trainer: GOPOTrainer, folder: Path, tag: str) -> None:
-        states = {"loader": trainer.goals_dataloader.state_dict(), "random": random_states()}
+    def _save_driver(self, data: Snapshot, folder: Path, tag: str) -> None:
+        states = {"loader": data.loader, "random": data.random}
         try:
             folder.mkdir(parents=True)
             torch.save(states, folder / "state.pt")
-            for trajectory in trainer.samples_generator.buffered:
+            for trajectory in data.buffered:
                 append_trajectory(folder / "buffer.jsonl", trajectory)
         except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
             raise CheckpointError(unwritten(self.folder, tag, str(error).splitlines()[0])) from error

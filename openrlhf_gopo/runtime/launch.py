@@ -141,7 +141,8 @@ def _place_role(role: Role, everything: Any, *, policies: int) -> None:
     # Upstream gives each of actor, reference, critic and engine a fifth of a GPU; two policies share that one GPU.
     share = (0.2 if policies == 1 else 0.1) if everything else (0.2 if together else 1)
     copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
-    role.engines = engines(args, args.actor.model_name_or_path, everything)
+    # Engines that roll out while models learn stand on GPUs of their own, as upstream's do.
+    role.engines = engines(args, args.actor.model_name_or_path, None if args.train.async_enable else everything)
 
     def group(where: SimpleNamespace, actor_class: Any, bundle: Any, part: float) -> RayActorGroup:
         return RayActorGroup(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,7 +14,7 @@ from openrlhf_gopo.envs import Environment, load_environment
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
 from openrlhf_gopo.rewards.custom import RewardSpec
-from openrlhf_gopo.rollout.dialogue import dialogue_seed
+from openrlhf_gopo.rollout.dialogue import dialogue_seed, seed_of
 from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.types import Goal
 from openrlhf_gopo.users import UserSpec
@@ -37,12 +36,20 @@ class PolicySpec:
     user: UserSpec | None = None
 
 
+@dataclass(frozen=True)
+class Switch:
+    """Sent to a rollout actor around a change of weights: ``version`` None closes its gate, a number opens it again."""
+
+    version: int | None
+
+
 @dataclass
 class DialogueRequest:
     """One group: K dialogues about ``goal``. ``expert_engine`` is None when one engine serves both roles.
 
     ``deterministic``: every token is drawn from a seed of its own, and dialogues of one engine take turns, so that what
-    a model computes does not depend on what else is in its batch.
+    a model computes does not depend on what else is in its batch. ``version``: updates that the weights have had.
+    ``per_turn``: weights may change between its turns, not only between dialogues (--gopo.version_switch).
     """
 
     goal: Goal
@@ -53,6 +60,8 @@ class DialogueRequest:
     attempts: int
     rewards: RewardSpec = field(default_factory=RewardSpec)
     deterministic: bool = False
+    version: int = 0
+    per_turn: bool = False
     expert_engine: Any = None
     _claimed: int = field(default=0, repr=False)
 
@@ -68,9 +77,7 @@ class DialogueRequest:
     def sampling_seeds(self, sample: int, role: str) -> Iterator[int | None]:
         """One seed per call of the role's engine; None (the engine's own generator) unless ``deterministic``."""
         for call in count():
-            key = f"{self.seed}:{self.goal.id}:{sample}:{role}:{call}"
-            digest = hashlib.sha256(key.encode()).digest()
-            yield int.from_bytes(digest[:6], "big") if self.deterministic else None
+            yield seed_of(f"{self.seed}:{self.goal.id}:{sample}:{role}:{call}") if self.deterministic else None
 
 
 def check_determinism(args: SimpleNamespace, config: GopoConfig) -> None:

@@ -61,6 +61,7 @@ class GOPOSamplesGenerator(SamplesGenerator):
         self._requests = self._rollouts = 0
         self._places: dict[str, int] = {}
         self._seed = spec.seed
+        self.version = 0  # updates that the engines' weights have had; the trainer counts
 
     def generate_samples(self, **generate_kwargs: Any) -> tuple[list[DialogueSample], float | None, int, bool]:
         """One training batch; users differ from one batch to the next, reproducibly.
@@ -135,6 +136,8 @@ class GOPOSamplesGenerator(SamplesGenerator):
                 attempts=config.attempts,
                 rewards=RewardSpec.of(config),
                 deterministic=self.args.train.full_determinism_enable,
+                version=self.version,
+                per_turn=self.args.train.partial_rollout_enable and config.version_switch == "turn",
                 expert_engine=experts[turn % len(experts)] if experts else None,
             )
             engine = self.vllm_engines[turn % len(self.vllm_engines)]

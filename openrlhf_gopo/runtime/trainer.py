@@ -22,7 +22,10 @@ from openrlhf_gopo.evaluation.summary import summarise
 from openrlhf_gopo.evaluation.transcript import as_text
 from openrlhf_gopo.runtime.checkpoint import Checkpoints
 from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, GOPOExperienceMaker, ResponderExperienceMaker
+from openrlhf_gopo.runtime.requests import Switch
 from openrlhf_gopo.runtime.roles import Role
+from openrlhf_gopo.runtime.rollout_metrics import rollout_metrics
+from openrlhf_gopo.runtime.rollouts import Batch, Rollouts, RolloutsAhead
 from openrlhf_gopo.runtime.samples import DialogueSample
 from openrlhf_gopo.runtime.samples_generator import GoalDataset, GOPOSamplesGenerator, RolloutSpec
 from openrlhf_gopo.types import Trajectory
@@ -130,7 +133,9 @@ class GOPOTrainer(BasePPOTrainer):
         """
         position = self.checkpoints.restore(self)
         global_step = position["global_step"] or global_step
-        consumed = position["total_consumed_prompts"]
+        self.samples_generator.version = global_step
+        ahead = RolloutsAhead if self.args.train.async_enable else Rollouts
+        self.rollouts = ahead(self.samples_generator, position["episode"], position["total_consumed_prompts"])
         phases: dict[str, list[Trajectory]] = {}
         evaluates = self.args.eval.steps != float("inf")
         if evaluates:
@@ -139,26 +144,16 @@ class GOPOTrainer(BasePPOTrainer):
         latest = self._played(global_step) if position["evaluated"] == global_step else None
         total = self.steps_per_episode * self.args.train.num_episodes
         bar = tqdm(total=total, initial=global_step, desc="GOPO", unit="step", dynamic_ncols=True)
-        for episode in range(position["episode"], self.args.train.num_episodes):
-            exhausted = False
-            while not exhausted:
-                start = time.time()
-                samples, pass_rate, used, exhausted = self.samples_generator.generate_samples(
-                    temperature=self.args.rollout.temperature
-                )
-                consumed += used
-                if len(samples) < self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt:
-                    continue  # the remainder of a pass: too few goals for a batch, as drop_last in upstream's loader
-                rollout_time = time.time() - start
-                status, global_step = self.train_step(samples, global_step)
-                status["timing/rollout"] = rollout_time
-                if pass_rate is not None:
-                    status["dynamic_filtering_pass_rate"] = pass_rate
-                position |= {"episode": episode + exhausted, "total_consumed_prompts": consumed}
-                position["global_step"] = global_step
-                latest = self._close_step(status, position, samples)
-                bar.set_postfix(tse=f"{status['rollout/tse']:.1f}", success=f"{status['rollout/success']:.2f}")
-                bar.update()
+        for batch in self.rollouts:
+            status, global_step = self.train_step(batch.samples, global_step)
+            status["timing/rollout"] = batch.seconds
+            if batch.pass_rate is not None:
+                status["dynamic_filtering_pass_rate"] = batch.pass_rate
+            position |= {"episode": batch.episode, "total_consumed_prompts": batch.consumed}
+            position["global_step"] = global_step
+            latest = self._close_step(status, position, batch)
+            bar.set_postfix(tse=f"{status['rollout/tse']:.1f}", success=f"{status['rollout/success']:.2f}")
+            bar.update()
         bar.close()
         if evaluates:
             phases["after training"] = latest or self.evaluate(global_step)[1]
@@ -167,26 +162,24 @@ class GOPOTrainer(BasePPOTrainer):
                 tracker.close()
         return phases
 
-    def _close_step(
-        self, status: dict[str, Any], position: dict[str, Any], samples: list[DialogueSample]
-    ) -> list[Trajectory] | None:
+    def _close_step(self, status: dict[str, Any], position: dict[str, Any], batch: Batch) -> list[Trajectory] | None:
         """Log a step, then evaluate and save where they are due; returns the dialogues of the evaluation."""
         global_step, best, played = position["global_step"], False, None
         self.log_metrics(global_step, status)
-        self._track(global_step, status | self._example(samples))
+        self._track(global_step, status | self._example(batch.samples))
         if global_step % self.args.eval.steps == 0:
             logs, played = self.evaluate(global_step)
             best, position["evaluated"] = self.is_best(logs), global_step
         # After the evaluation: a run that goes on from this step would not do it again.
         if best:
-            self.checkpoints.save(self, f"best_global_step{global_step}", position)
+            self.checkpoints.save(self, f"best_global_step{global_step}", position, batch.snapshot)
         if global_step % self.args.ckpt.save_steps == 0:
-            self.checkpoints.save(self, f"global_step{global_step}", position)
+            self.checkpoints.save(self, f"global_step{global_step}", position, batch.snapshot)
         return played
 
     def train_step(self, samples: list[DialogueSample], global_step: int) -> tuple[dict[str, Any], int]:
         """The roles whose turn it is learn from ``samples``, then their engines get the new weights."""
-        status = self._rollout_metrics(samples)
+        status = rollout_metrics(samples, self.config, self.num_labels, global_step)
         start = time.time()
         roles = self.config.learners(global_step)
         # On devices of their own the roles learn at the same time; on the same devices, one after the other.
@@ -196,9 +189,30 @@ class GOPOTrainer(BasePPOTrainer):
                 status.update(learned)
         status["timing/learn"] = time.time() - start
         start = time.time()
-        self.broadcast_to_vllm(roles)
+        self._switch(roles, global_step + 1)
         status["timing/sync"] = time.time() - start
         return status, global_step + 1
+
+    def _switch(self, roles: tuple[str, ...], version: int) -> None:
+        """Give the engines the weights of ``version``: of both roles before any dialogue meets one of them.
+
+        Dialogues under way wait at the gates of their rollout actors (--train.partial_rollout_enable); without it there
+        are none, or they are awaited.
+        """
+        if not self.args.train.partial_rollout_enable:
+            with self.rollouts.rolling:
+                self.broadcast_to_vllm(roles)
+                self.samples_generator.version = version
+            return
+        self._gates(Switch(None))
+        self.broadcast_to_vllm(roles)
+        self.samples_generator.version = version
+        self._gates(Switch(version))
+
+    def _gates(self, switch: Switch) -> None:
+        """Send to every rollout actor that hosts dialogues; returns when all have obeyed."""
+        call = {"prompt": "", "label": switch, "sampling_params": None, "max_length": 0, "hf_tokenizer": None}
+        ray.get([engine.generate_responses.remote(**call) for engine in self.samples_generator.vllm_engines])
 
     def broadcast_to_vllm(self, roles: tuple[str, ...] | None = None) -> None:
         """Send the weights of ``roles`` (None: all) to their engines; with sharing there is one set of both."""
@@ -208,11 +222,12 @@ class GOPOTrainer(BasePPOTrainer):
     def evaluate(self, global_step: int) -> tuple[dict[str, float], list[Trajectory]]:
         """Play the held-out goals with the current weights; logs ``eval_*`` and returns the dialogues."""
         self.evaluations.mkdir(parents=True, exist_ok=True)
-        played = self.samples_generator.evaluate(
-            self.evaluations / f"step_{global_step:05d}.jsonl",
-            temperature=self.args.eval.temperature,
-            n_samples_per_prompt=self.args.eval.n_samples_per_prompt,
-        )
+        with self.rollouts.rolling:
+            played = self.samples_generator.evaluate(
+                self.evaluations / f"step_{global_step:05d}.jsonl",
+                temperature=self.args.eval.temperature,
+                n_samples_per_prompt=self.args.eval.n_samples_per_prompt,
+            )
         add_reference_scores(self.env, played)
         (self.evaluations / f"step_{global_step:05d}.txt").write_text(
             "\n\n".join(map(as_text, played[:EXAMPLES])) + "\n"
@@ -253,21 +268,6 @@ class GOPOTrainer(BasePPOTrainer):
         played = read_trajectories(path)
         add_reference_scores(self.env, played)
         return played
-
-    def _rollout_metrics(self, samples: list[DialogueSample]) -> dict[str, Any]:
-        kept = [s for s in samples if not s.quarantined]
-        summary = summarise([s.trajectory for s in samples])
-        status: dict[str, Any] = {f"rollout/{key}": interval.mean for key, interval in summary.metrics.items()}
-        status |= {f"rollout/stop/{key}": share for key, share in summary.stops.items()}
-        status["rollout/failures"] = float(len(samples) - len(kept))
-        turns = [turn for s in kept for turn in s.trajectory.turns]
-        status["rollout/forced_turns"] = sum(turn.forced for turn in turns) / max(len(turns), 1)
-        allowed = sum(len(turn.allowed) for turn in turns) / max(len(turns), 1)
-        status["rollout/masked_labels"] = 1.0 - allowed / self.num_labels
-        for role in self.learners:
-            lengths = [len(s.trajectory.streams[role].tokens) for s in kept]
-            status[f"rollout/{role}_tokens"] = sum(lengths) / max(len(lengths), 1)
-        return status
 
     def _example(self, samples: list[DialogueSample]) -> dict[str, Any]:
         """One dialogue for W&B and TensorBoard, under upstream's name: (text, the responder's return)."""
