@@ -14,8 +14,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from openrlhf_gopo.envs import BUILTIN, load_environment
 from openrlhf_gopo.errors import ConfigError, DataError
-from openrlhf_gopo.logs import abcd, mgshop, multiwoz, star
+from openrlhf_gopo.logs import abcd, mgshop, multiwoz, played, star
 from openrlhf_gopo.logs.check import problems_of, validate
 from openrlhf_gopo.logs.schema import Dialogue
 
@@ -29,8 +30,12 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def convert(source: str, folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
+def convert(
+    source: str, folder: str | os.PathLike[str], out: str | os.PathLike[str], *, through_env: bool = False
+) -> int:
     """Write ``out``, whole or not at all; returns the number of dialogues.
+
+    ``through_env``: the dialogues as the environment of that name plays them (see ``played``), not as they were held.
 
     Raises:
         ConfigError: no such source.
@@ -43,11 +48,16 @@ def convert(source: str, folder: str | os.PathLike[str], out: str | os.PathLike[
         raise ConfigError(f"--out {out}: is a folder; name the .jsonl file to write")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the one that holds the {source} data")
+    if through_env and source not in BUILTIN:
+        raise ConfigError(
+            f"--played: {source} is no environment; leave the flag out, or convert one of {', '.join(sorted(BUILTIN.keys() & SOURCES.keys()))}"
+        )
+    found = played.records(load_environment(source, str(folder)), folder) if through_env else SOURCES[source](folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
     try:
         with part.open("w", encoding="utf-8", newline="\n") as file:
-            for where, record in SOURCES[source](folder):
+            for where, record in found:
                 file.write(_dialogue(where, record).model_dump_json(exclude_defaults=True) + "\n")
         report = validate(part)  # what single dialogues do not show: ids that occur twice, or none at all
         if report.found:
