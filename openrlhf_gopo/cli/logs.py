@@ -84,9 +84,8 @@ def _validate(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s")
-    print(
-        f"{convert(args.source, args.folder, args.out, through_env=args.played)} dialogues of {args.source} -> {args.out}"
-    )
+    dialogues = convert(args.source, args.folder, args.out, through_env=args.played)
+    print(f"{dialogues} dialogues of {args.source} -> {args.out}")
     return 0
 
 

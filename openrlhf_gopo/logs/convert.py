@@ -49,9 +49,8 @@ def convert(
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the one that holds the {source} data")
     if through_env and source not in BUILTIN:
-        raise ConfigError(
-            f"--played: {source} is no environment; leave the flag out, or convert one of {', '.join(sorted(BUILTIN.keys() & SOURCES.keys()))}"
-        )
+        choices = ", ".join(sorted(BUILTIN.keys() & SOURCES.keys()))
+        raise ConfigError(f"--played: {source} is no environment; leave the flag out, or convert one of {choices}")
     found = played.records(load_environment(source, str(folder)), folder) if through_env else SOURCES[source](folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
