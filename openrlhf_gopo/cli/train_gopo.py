@@ -11,6 +11,7 @@ import copy
 import logging
 import sys
 import time
+from collections.abc import Container
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -52,7 +53,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line: the usage of 200 flags would bury them."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"train_gopo: error: {message}; --help lists the flags\n")
+        self.exit(2, f"{self.prog.rpartition('.')[2]}: error: {message}; --help lists the flags\n")
 
 
 def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -65,14 +66,7 @@ def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
     groups = {name: parser.add_argument_group(f"{name}.*", text) for name, text in SECTIONS.items()}
     other = parser.add_argument_group("other")
     for cls, prefix in ((GopoConfig, "gopo"), (PreferenceConfig, "gopo.pref"), (LlmConfig, "gopo.llm")):
-        for f in flags(cls):
-            name, meta = f"--{prefix}.{f.name}", f.metadata
-            if meta["kind"] is bool:
-                groups[prefix].add_argument(name, action="store_true", default=default(f), help=meta["help"])
-            else:
-                groups[prefix].add_argument(
-                    name, type=meta["kind"], default=default(f), choices=meta["choices"], help=meta["help"]
-                )
+        add_flags(groups[prefix], cls, prefix)
     for action in upstream._actions:
         if action.dest == "help":
             continue
@@ -80,6 +74,18 @@ def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
         if action.dest.startswith("actor."):
             groups["expert"]._add_action(_mirrored(action))
     return parser
+
+
+def add_flags(group: argparse._ArgumentGroup, cls: type, prefix: str, names: Container[str] | None = None) -> None:
+    """The flags of a config dataclass, or those of its fields that are in ``names``."""
+    for f in flags(cls):
+        name, meta = f"--{prefix}.{f.name}", f.metadata
+        if names is not None and f.name not in names:
+            continue
+        if meta["kind"] is bool:
+            group.add_argument(name, action="store_true", default=default(f), help=meta["help"])
+        else:
+            group.add_argument(name, type=meta["kind"], default=default(f), choices=meta["choices"], help=meta["help"])
 
 
 def _mirrored(action: argparse.Action) -> argparse.Action:

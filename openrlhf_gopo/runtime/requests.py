@@ -80,19 +80,26 @@ def build_policy(spec: PolicySpec) -> tuple[Environment, TwoLevelPolicy]:
     Raises:
         ConfigError, DataError, StreamError: the spec names something unusable.
     """
-    from transformers import AutoTokenizer  # not upstream's wrapper: a dry run needs no OpenRLHF import
-
     env = load_environment(spec.env, spec.data, spec.user)
-
-    def load(flag: str, path: str) -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=True, use_fast=spec.use_fast)
-        except (OSError, ValueError) as error:
-            why = str(error).splitlines()[0]
-            raise ConfigError(f"{flag} {path}: no tokenizer there ({why}); name a model or its folder") from error
-
-    responder = load("--actor.model_name_or_path", spec.responder_path)
+    responder = load_tokenizer("--actor.model_name_or_path", spec.responder_path, spec.use_fast)
     same = spec.expert_path == spec.responder_path
-    expert = responder if same else load("--expert.model_name_or_path", spec.expert_path)
+    expert = responder
+    if not same:
+        expert = load_tokenizer("--expert.model_name_or_path", spec.expert_path, spec.use_fast)
     policy = SingleLevelPolicy if spec.single_level else TwoLevelPolicy
     return env, policy(expert, responder, env.catalogue_size(), spec.labels, spec.names_only, spec.plan_tokens)
+
+
+def load_tokenizer(flag: str, path: str, use_fast: bool = True) -> Any:
+    """The tokenizer of the model that ``flag`` names.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer  # not upstream's wrapper: a dry run needs no OpenRLHF import
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=True, use_fast=use_fast)
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise ConfigError(f"{flag} {path}: no tokenizer there ({why}); name a model or its folder") from error

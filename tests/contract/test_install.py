@@ -18,12 +18,17 @@ import pytest
 from setuptools.config.setupcfg import read_configuration
 
 ROOT = Path(__file__).parents[2]
-OURS = ["cli/train_gopo.py", "trainer/gopo_trainer.py", "trainer/ppo_utils/gopo_experience_maker.py"]
+OURS = [
+    "cli/train_gopo.py",
+    "cli/train_gopo_offline.py",
+    "trainer/gopo_trainer.py",
+    "trainer/ppo_utils/gopo_experience_maker.py",
+]
 IMPORTS = """
 import importlib.util, sys
 import openrlhf.cli, openrlhf.trainer
 import openrlhf_gopo
-for name in ("openrlhf.cli.train_gopo", "openrlhf.trainer.gopo_trainer"):
+for name in ("openrlhf.cli.train_gopo", "openrlhf.cli.train_gopo_offline", "openrlhf.trainer.gopo_trainer"):
     assert importlib.util.find_spec(name), name
 # openrlhf.trainer.ppo_utils imports torch: look for our module in it without importing it
 package = importlib.util.find_spec("openrlhf.trainer.ppo_utils")
