@@ -57,8 +57,7 @@ class OfflineTrainer(DPOTrainer):
         self.chunks: Chunks = self.train_dataloader.dataset
         self.before: dict[str, Values] = {}
         self.after: dict[str, Values] = {}
-        everything = [*self.chunks.samples, *(s for samples in self.eval_dataloader.values() for s in samples)]
-        for sample, (logprobs, _) in zip(everything, self._everywhere(everything), strict=True):
+        for sample, (logprobs, _) in zip(self.chunks.samples, self._everywhere(self.chunks.samples), strict=True):
             sample.reference = logprobs
         self.evaluate(self.eval_dataloader)
 
@@ -118,7 +117,11 @@ class OfflineTrainer(DPOTrainer):
         which later steps are compared with, dialogue by dialogue."""
         self.judged_at = steps
         for name, samples in eval_dataloader.items():
-            values = judge(samples, self._everywhere(samples, ranks=self.config.role == EXPERT), self.config)
+            scores = self._everywhere(samples, ranks=self.config.role == EXPERT)
+            if name not in self.before:
+                for sample, (logprobs, _) in zip(samples, scores, strict=True):
+                    sample.reference = logprobs
+            values = judge(samples, scores, self.config)
             self.before.setdefault(name, values)
             self.after[name] = values
             told = {"step": steps, "set": name, **compared(self.before[name], values)}

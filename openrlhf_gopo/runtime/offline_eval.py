@@ -52,10 +52,8 @@ def _judge_pairs(
     groups: dict[str, list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
         groups[sample.group].append(index)
-    won: dict[str, dict[int, list[float]]] = {
-        "pref_accuracy": defaultdict(list),
-        "likelihood_accuracy": defaultdict(list),
-    }
+    names = ("pref_accuracy", "likelihood_accuracy")
+    won: dict[str, dict[int, list[float]]] = {name: defaultdict(list) for name in names}
     for members in groups.values():
         found = units([[samples[i] for i in members]])
         dialogue = [i for i in members for _ in samples[i].keys]
@@ -80,7 +78,7 @@ def _judge_pairs(
 
 
 def compared(before: Values, after: Values) -> dict[str, Any]:
-    """Each metric and its change, dialogue by dialogue, as [mean, low, high]: 95% bootstrap intervals over dialogues."""
+    """Each metric and its change, dialogue by dialogue, as [mean, low, high]: 95% bootstrap over dialogues."""
 
     def interval(values: Mapping[int, float]) -> list[float]:
         found = bootstrap(list(values.values()))
