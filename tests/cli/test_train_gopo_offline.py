@@ -227,7 +227,7 @@ def test_the_expert_learns_and_a_run_that_was_cut_ends_the_same(scene, tmp_path)
     assert [line["step"] for line in lines(tmp_path / "again" / "results" / "metrics.jsonl")] == [10, 11, 12]
     first, second, start = (weights(folder) for folder in (tmp_path / "whole", tmp_path / "again", scene / "model"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert any(not torch.equal(first[name], start[name]) for name in first)
+    assert any(not torch.equal(first[name], start[name]) for name in start)
     # Other data: its place in them would be another.
     other = run(scene, tmp_path / "other", *flags, "--gopo.offline.group_size", "8")
     assert other.returncode == 2

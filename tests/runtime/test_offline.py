@@ -157,10 +157,10 @@ def test_dialogues_that_do_not_fill_a_step_leave_the_gradient_as_it_is(one_proce
     """Seven dialogues in micro-batches of four: the eighth place is a repeated dialogue of no weight."""
     config = OfflineConfig(group_size=4)
     gradients = []
-    for micro in (1, 4):
+    for micro, passes in ((1, 7), (4, 2)):
         samples = [sample(EXPERT, group, k) for group in RETURNS for k in range(4)][:-1]
         trainer = make_trainer(one_process, tmp_path, config, samples, 1)
-        trainer.micro, trainer.strategy.accumulated_gradient = micro, 8 // micro
+        trainer.micro, trainer.strategy.accumulated_gradient = micro, passes
         trainer.training_step([samples[:4], samples[4:]])
         gradients += trainer.strategy.gradients
     assert float(gradients[0].abs().max()) > 1e-3
