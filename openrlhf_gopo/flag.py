@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
@@ -24,6 +25,18 @@ def default(f: Field) -> Any:
     """The flag's default value."""
     assert f.default is not MISSING  # every flag() has one
     return f.default
+
+
+def add_flags(group: argparse._ActionsContainer, cls: type, prefix: str, names: Container[str] | None = None) -> None:
+    """The flags of a config dataclass, or those of its fields that are in ``names``."""
+    for f in flags(cls):
+        name, meta = f"--{prefix}.{f.name}", f.metadata
+        if names is not None and f.name not in names:
+            continue
+        if meta["kind"] is bool:
+            group.add_argument(name, action="store_true", default=default(f), help=meta["help"])
+        else:
+            group.add_argument(name, type=meta["kind"], default=default(f), choices=meta["choices"], help=meta["help"])
 
 
 def check_values(config: Any, prefix: str) -> None:

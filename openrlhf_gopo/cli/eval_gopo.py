@@ -18,10 +18,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from openrlhf_gopo import platform
-from openrlhf_gopo.config import GopoConfig, JudgeConfig, LlmConfig, default, flags
+from openrlhf_gopo.config import GopoConfig, JudgeConfig, LlmConfig, flags
 from openrlhf_gopo.errors import ConfigError, GopoError
 from openrlhf_gopo.evaluation import contenders
 from openrlhf_gopo.evaluation.endpoint import Prices
+from openrlhf_gopo.flag import add_flags
 
 if TYPE_CHECKING:
     from openrlhf_gopo.runtime.evaluation import Evaluation
@@ -60,16 +61,9 @@ def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--split", choices=("heldout", "train"), default="heldout", help="whose goals")
     parser.add_argument("--concurrency", type=int, default=64, help="dialogues under way at once")
     parser.add_argument("--price", metavar="PROMPT,COMPLETION", help="of a million tokens of endpoint policies")
-    for cls, prefix, names in (
-        (GopoConfig, "gopo", GOPO),
-        (LlmConfig, "gopo.llm", None),
-        (JudgeConfig, "gopo.judge", None),
-    ):
-        for f in flags(cls):
-            if names is not None and f.name not in names:
-                continue
-            kind = {"action": "store_true"} if f.metadata["kind"] is bool else {"type": f.metadata["kind"]}
-            parser.add_argument(f"--{prefix}.{f.name}", default=default(f), help=f.metadata["help"], **kind)
+    add_flags(parser, GopoConfig, "gopo", GOPO)
+    add_flags(parser, LlmConfig, LlmConfig.prefix)
+    add_flags(parser, JudgeConfig, JudgeConfig.prefix)
     for action in upstream._actions:
         if action.dest in UPSTREAM:
             parser._add_action(action)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -36,6 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     converts.add_argument("source", choices=sorted(SOURCES))
     converts.add_argument("folder", type=Path, help="clone of the data set's repository")
     converts.add_argument("--out", type=Path, required=True, help="the .jsonl file to write")
+    converts.add_argument(
+        "--played", action="store_true", help="play the agents' strategies through the environment of that name"
+    )
     converts.set_defaults(run=_convert)
 
     scores = verbs.add_parser("score", help="print the metrics of the logged dialogues: the human rows of a comparison")
@@ -78,7 +82,9 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    say(f"{convert(args.source, args.folder, args.out)} dialogues of {args.source} -> {args.out}")
+    logging.basicConfig(format="%(message)s")
+    dialogues = convert(args.source, args.folder, args.out, through_env=args.played)
+    say(f"{dialogues} dialogues of {args.source} -> {args.out}")
     return 0
 
 
