@@ -11,7 +11,7 @@ platform.activate()
 def main() -> None:
     from openrlhf.cli import train_ppo_ray
 
-    from openrlhf_gopo.runtime.launch import init_ray
+    from openrlhf_gopo.runtime.cluster import init_ray
     from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
 
     upstream = UpstreamCli.load()

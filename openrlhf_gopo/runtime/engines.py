@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import ray
 
 from openrlhf_gopo.rollout.engine import Generate, Generation, Sampling
-from openrlhf_gopo.runtime import agent, launch
+from openrlhf_gopo.runtime import agent, cluster, launch
 
 PREFIX = 256  # tokens that decide on the engine: they reach beyond the catalogue, to where goals begin to differ
 
@@ -28,7 +28,7 @@ class Engines:
     def start(self, models: Sequence[str]) -> None:
         """Have engines of exactly ``models``: others are ended, for there may be no memory for both."""
         self.end(besides=models)
-        launch.init_ray(self.gpus)
+        cluster.init_ray(self.gpus)
         for model in models:
             if model not in self._actors:
                 self._actors[model] = launch.engines(self.args, model)
