@@ -100,6 +100,7 @@ def summary(load: dict, runs: list[dict]) -> dict[str, Any]:
 
 def goals(found: list[dict]) -> dict[str, Any]:
     """The figures that the goals are about."""
+
     def seconds(**load: Any) -> float:
         default = {"dialogues": 32, "k": 8, "turns": 3, "reply": 24}
         cell = next(c for c in found if c["load"] == default | load)

@@ -1,9 +1,9 @@
 """OpenRLHF's own rollout actor in this process, and the ways to give it work that ``rollout.py`` compares.
 
 - ``ours``: the two-level rollout, as it runs in training: ``generate_responses`` with this project's agent.
-- ``chains``: the requests of the last run of ``ours`` (same prompts, same numbers of tokens, same sampling), straight into
-  vLLM: a dialogue's next request once its last one has ended. What the engine itself can do with this work.
-- ``bag``: the same requests all at once, as if no turn had to wait for the one before. No dialogue can be played like that.
+- ``chains``: the requests of the last run of ``ours`` (same prompts, same numbers of tokens, same sampling), straight
+  into vLLM: a dialogue's next request once its last one has ended. What the engine itself can do with this work.
+- ``bag``: the same requests all at once, as if no turn had to wait for the one before. No dialogue is like that.
 - ``lockstep``: the same requests with a barrier after each turn.
 - ``stock``: OpenRLHF's multi-turn executor with one policy in the same environment (``stock_agent.py``).
 
@@ -21,11 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 os.environ.setdefault("RAY_ADDRESS", "none")  # upstream's actor would look for Ray's; nothing here connects to it
 
-from openrlhf_gopo import platform  # noqa: E402
+from openrlhf_gopo import platform
 
-os.environ.setdefault(platform.environment.SWITCH, str(int(not __import__("torch").cuda.is_available())))
+if not torch.cuda.is_available():  # platform.is_cpu goes by the switch alone where RAY_ADDRESS is set
+    os.environ.setdefault(platform.environment.SWITCH, "1")
 platform.activate()
 
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor, _load_agent_executor  # noqa: E402
@@ -153,10 +156,7 @@ class Bench:
         requests = [DialogueRequest(g, spec, limits, load.seed, False, 1) for g in goals]
         self.host.executor = agent.AgentExecutor()
         played = await asyncio.gather(
-            *(
-                self.host.generate_responses(r.goal.id, r, None, MAX_LEN, None, num_samples=load.k)
-                for r in requests
-            )
+            *(self.host.generate_responses(r.goal.id, r, None, MAX_LEN, None, num_samples=load.k) for r in requests)
         )
         wrong = [t for group in played for t in group if len(t.turns) != load.turns]
         if wrong:

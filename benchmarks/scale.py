@@ -2,8 +2,8 @@
 
     python benchmarks/scale.py --model DIR [--quick]
 
-Measures what a dialogue costs the driver and an engine's event loop (``scale_costs.py``), then plays rollouts with these
-costs in a discrete-event model. Prints tables and writes JSON. README.md beside this file says what is assumed.
+Measures what a dialogue costs the driver and an engine's event loop (``scale_costs.py``), then plays rollouts with
+these costs in a discrete-event model. Prints tables and writes JSON. README.md beside this file says what is assumed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SLOTS = 256  # requests that an engine continues at once (vLLM's max_num_seqs)
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds. ``turn``: of the engine's event loop, a turn. ``dispatch``, ``receive``: of the driver, a dialogue, before
-    and after it is played. ``token``: from one token of a reply to the next. ``tail``: sigma of a reply's log length."""
+    """Seconds. ``turn``: of the engine's event loop, a turn. ``dispatch``, ``receive``: of the driver, a dialogue,
+    before and after it is played. ``token``: between two tokens of a reply. ``tail``: sigma of a reply's log length."""
 
     turn: float
     dispatch: float
@@ -47,8 +47,8 @@ class Outcome:
 
 
 def simulate(costs: Costs, engines: int, dialogues: int, k: int, seed: int = 0) -> Outcome:
-    """One rollout: the driver hands out groups by turns; dialogues advance on their engines; the driver takes each group
-    once its last dialogue has ended.
+    """One rollout: the driver hands out groups by turns; dialogues advance on their engines; the driver takes each
+    group once its last dialogue has ended.
 
     An engine is an event loop that does one thing at a time before ``SLOTS`` places in which replies grow.
     """
@@ -125,7 +125,8 @@ def tables(results: dict) -> list:
     for process, found in results["costs"].items():
         for name, seconds in found.items():
             parts.add_row(process, name, f"{seconds:,.0f}" if name == "bytes" else f"{seconds * 1e6:,.0f}")
-    simulated = table("simulated rollouts", "engines", "dialogues", "seconds", "dialogues/s", "driver busy", "loop busy")
+    columns = ("engines", "dialogues", "seconds", "dialogues/s", "driver busy", "loop busy")
+    simulated = table("simulated rollouts", *columns)
     for cell in results["cells"]:
         simulated.add_row(
             str(cell["engines"]),

@@ -1,4 +1,4 @@
-"""What one dialogue costs the two Python processes that a rollout could wait for: the driver and an engine's event loop.
+"""What one dialogue costs the two Python processes that a rollout may wait for: the driver and an engine's event loop.
 
 Every figure is CPU seconds of the real functions on trajectories of the real form; ``scale.py`` simulates with them.
 """
@@ -63,7 +63,7 @@ def loop_costs(model: str, turns: int, reply: int, tokens_seen: int = 200) -> tu
     env, policy = build_policy(spec)
     limits, goal = TokenLimits(max_len=32768, reply_max_tokens=reply), env.goals("train")[0]
     chance = random.Random(0)
-    words = [t for t in range(300, 1000)]
+    words = list(range(300, 1000))
 
     async def at_once(tokens: list[int], sampling: Sampling) -> Generation:
         count = sampling.max_tokens
@@ -79,13 +79,13 @@ def loop_costs(model: str, turns: int, reply: int, tokens_seen: int = 200) -> tu
     assert len(trajectory.turns) == turns, trajectory.error
     user = trajectory.turns[0].user
     asked = Sampling(reply, stop_token=template.stop_token)
-    output = _output(reply)
+    output, params = _output(reply), agent.sampling_params(asked)
     return {
         "dialogue": cost(play),
         "message": cost(lambda: template.next(user)),
         "decode": cost(lambda: template.decode(words[:reply])),
         "sampling_params": cost(lambda: agent.sampling_params(asked)),
-        "copied_params": cost(lambda params=agent.sampling_params(asked): params.clone()),
+        "copied_params": cost(params.clone),
         "generation": cost(lambda: agent._generation(output, asked)),
     }, trajectory
 
@@ -158,5 +158,3 @@ def measure(model: str, turns: int, reply: int, k: int) -> dict[str, dict[str, f
     torch.set_num_threads(1)
     loop, trajectory = loop_costs(model, turns, reply)
     return {"loop": loop, "driver": driver_costs(trajectory, k)}
-
-

@@ -2,8 +2,8 @@
 
     python benchmarks/step.py --model DIR [--quick]
 
-DIR: a chat model; left out, one of 2.6 M parameters is built. Both programs run as they do for a user, Ray, DeepSpeed and
-vLLM included, by turns; also measured: the time from the command to the first rollout. Prints tables, writes JSON.
+DIR: a chat model; left out, one of 2.6 M parameters is built. Both programs run as they do for a user, Ray, DeepSpeed
+and vLLM included, by turns; also measured: the time from the command to the first rollout. Prints tables, writes JSON.
 """
 
 from __future__ import annotations
@@ -125,14 +125,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     names = ("goals", "k", "turns", "reply", "steps", "rounds")
     results = described(shape={name: getattr(args, name) for name in names}, runs={"gopo": [], "stock": []})
     for number in range(args.rounds):
-        for name, program in (("gopo", gopo), ("stock", stock)) if number % 2 == 0 else (("stock", stock), ("gopo", gopo)):
+        programs = [("gopo", gopo), ("stock", stock)]
+        for name, program in programs if number % 2 == 0 else reversed(programs):
             results["runs"][name].append(program(args.model, folder / f"{name}{number}", args))
             write(args.out, results)
             print(f"{name}, round {number + 1}: done", file=sys.stderr, flush=True)
     results["phases"] = {
-        name: {
-            phase: spread(step[phase] for once in runs for step in once["steps"][1:]) for phase in PHASES
-        }
+        name: {phase: spread(step[phase] for once in runs for step in once["steps"][1:]) for phase in PHASES}
         | {"step": spread(sum(step.values()) for once in runs for step in once["steps"][1:])}
         for name, runs in results["runs"].items()
     }

@@ -2,8 +2,8 @@
 
     --train.agent_func_path benchmarks/stock_agent.py
 
-The label of a prompt names the dialogue, ``GOAL:SEED``. STOCK_DATA is the environment's data, STOCK_REPLY the cap of one
-reply: upstream gives a reply all of the remaining context, which no untrained model would ever leave.
+The label of a prompt names the dialogue, ``GOAL:SEED``. STOCK_DATA is the environment's data, STOCK_REPLY the cap of
+one reply: upstream gives a reply all of the remaining context, which no untrained model would ever leave.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from synthetic import STRATEGIES, Synthetic  # noqa: E402
+from synthetic import STRATEGIES, Synthetic
 
-from openrlhf_gopo.policy import prompts  # noqa: E402
-from openrlhf_gopo.types import Observation  # noqa: E402
+from openrlhf_gopo.policy import prompts
+from openrlhf_gopo.types import Observation
 
 DATA, REPLY = os.environ.get("STOCK_DATA"), int(os.environ.get("STOCK_REPLY", "0"))
 ENV = Synthetic.load(DATA)

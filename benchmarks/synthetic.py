@@ -1,6 +1,6 @@
 """An environment of dialogues with a fixed number of turns and utterances of a fixed length: a load, not a task.
 
-    --gopo.env benchmarks/synthetic.py:Synthetic --gopo.data turns=3,words=16,goals=64
+--gopo.env benchmarks/synthetic.py:Synthetic --gopo.data turns=3,words=16,goals=64
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from openrlhf_gopo.envs.base import Dialogue, Environment
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.types import Goal, Observation, Outcome, StopReason, Strategy
 
-WORDS = (
-    "order price refund parcel size colour today later please thanks address number card shop return small large "
-    "question help find send wait good again other item code red blue green"
-).split()
+_TEXT = """order price refund parcel size colour today later please thanks address number card shop return small large
+question help find send wait good again other item code red blue green"""
+WORDS = _TEXT.split()
 STRATEGIES = [
     Strategy(f"s{i}", f"strategy {i}", "What the agent may do now: " + " ".join(WORDS[2 * i : 2 * i + 6]))
     for i in range(12)

@@ -130,9 +130,7 @@ def tables(results: dict) -> list:
     ratios = table("ratios, by this process's CPU time and by the wall", "vocabulary", "clock", *goals)
     for cell in results["cells"]:
         vocabulary = str(cell["vocabulary"])
-        seconds.add_row(
-            vocabulary, f"{cell['head_share']:.0%}", *[shown(cell["seconds"][m], 2) for m in METHODS]
-        )
+        seconds.add_row(vocabulary, f"{cell['head_share']:.0%}", *[shown(cell["seconds"][m], 2) for m in METHODS])
         speed.add_row(vocabulary, *[f"{cell['tokens_per_second'][m]:,.0f}" for m in METHODS])
         memory.add_row(vocabulary, *[shown(cell["peak_mib"][m], 0) for m in METHODS])
         for clock in ("cpu", "wall"):

@@ -7,8 +7,8 @@ Model, dialogues, micro-batches, loss and AdamW are the same for all; what diffe
 - ``both``: the one after the other, two models.
 - ``upstream``: OpenRLHF's ``ActorPPOTrainer`` and ``Actor`` on the responder's streams: one policy, same dialogues.
 - ``upstream_expert``: the same on the expert's streams.
-- ``per_turn``: OpenRLHF's on one sample for each turn, its history repeated: what a framework without multi-turn streams
-  trains on.
+- ``per_turn``: OpenRLHF's on one sample for each turn, its history repeated: what a framework
+  without multi-turn streams trains on.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from openrlhf_gopo.runtime.lean import without_vllm
 with without_vllm():  # a worker that trains imports this module first
     from openrlhf.trainer.ray import launcher, ppo_actor
 
-from openrlhf_gopo.runtime.exact import ExactPreferenceTrainer  # noqa: E402
-from openrlhf_gopo.runtime.models import RoleActor, RolePPOTrainer, substituted  # noqa: E402
+from openrlhf_gopo.runtime.exact import ExactPreferenceTrainer
+from openrlhf_gopo.runtime.models import RoleActor, RolePPOTrainer, substituted
 
 
 class _RolePolicy(ppo_actor.PolicyModelActor.__ray_metadata__.modified_class):

@@ -32,7 +32,7 @@ class _Absent(ModuleType):
 def without_vllm() -> Iterator[None]:
     """Within: in a Ray worker that has not imported vLLM, its names are stand-ins. Elsewhere nothing changes.
 
-    ``openrlhf.trainer.ray`` imports its engine module first, which takes seconds of CPU time in every process that trains.
+    ``openrlhf.trainer.ray`` imports its engine module first: seconds of CPU time in every process that trains.
     """
     if "vllm" in sys.modules or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
         yield
