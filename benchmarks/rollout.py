@@ -53,6 +53,8 @@ async def play(model: str, engine: dict, jobs: list[dict], repeats: int) -> list
     for job in jobs:
         load = Load(**job["load"])
         await bench.run("ours", load)  # warms up, and records what the others replay first
+        if not played:
+            await bench.check()
         rounds: dict[str, list] = {mode: [] for mode in job["modes"]}
         for number in range(repeats):
             for mode in job["modes"] if number % 2 == 0 else reversed(job["modes"]):

@@ -195,13 +195,40 @@ class Bench:
         for t in range(load.turns):
             await asyncio.gather(*(turn(chain[2 * t : 2 * t + 2]) for chain in self.recorded.values()))
 
-    async def _push(self, request: Request) -> None:
+    async def check(self) -> float:
+        """One output at the end is the same as an output a token: the same tokens, and log-probabilities to rounding.
+
+        Returns the largest difference of log-probabilities.
+        """
+        worst = 0.0
+        for chain in list(self.recorded.values())[:4]:
+            found = []
+            for kind in (RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY):
+                await self.host.llm.reset_prefix_cache()
+                output = (await self._push(chain[-1], kind, temperature=0.0)).outputs[0]
+                found.append(
+                    (
+                        list(output.token_ids),
+                        [of[t].logprob for t, of in zip(output.token_ids, output.logprobs, strict=True)],
+                    )
+                )
+            (tokens, logprobs), (same, others) = found
+            worst = max(worst, *(abs(a - b) for a, b in zip(logprobs, others, strict=True)))
+            if tokens != same or worst > 1e-3:
+                raise SystemExit(f"output kinds differ: {tokens} and {same}, by {worst}")
+        return worst
+
+    async def _push(
+        self, request: Request, kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY, **changed: Any
+    ) -> Any:
         params = request.params.clone()
-        params.output_kind = RequestOutputKind.FINAL_ONLY
-        async for _ in self.host.llm.generate(
-            TokensPrompt(prompt_token_ids=request.tokens), params, f"r{next(_numbers)}"
-        ):
-            pass
+        params.output_kind = kind
+        for name, value in changed.items():
+            setattr(params, name, value)
+        prompt = TokensPrompt(prompt_token_ids=request.tokens)
+        async for output in self.host.llm.generate(prompt, params, f"r{next(_numbers)}"):
+            last = output
+        return last
 
 
 _numbers = iter(range(10**12))
