@@ -20,7 +20,6 @@ from openrlhf_gopo import platform
 platform.activate()
 
 import torch  # noqa: E402
-from rollout_host import agent  # noqa: E402
 
 from openrlhf_gopo.config import EXPERT, RESPONDER  # noqa: E402
 from openrlhf_gopo.evaluation.records import append_trajectory  # noqa: E402
@@ -28,6 +27,7 @@ from openrlhf_gopo.evaluation.summary import summarise  # noqa: E402
 from openrlhf_gopo.rollout.dialogue import run_dialogue  # noqa: E402
 from openrlhf_gopo.rollout.engine import Generation, Sampling  # noqa: E402
 from openrlhf_gopo.rollout.sampled import SampledPolicy, TokenLimits  # noqa: E402
+from openrlhf_gopo.runtime import agent  # noqa: E402
 from openrlhf_gopo.runtime.requests import DialogueRequest, PolicySpec, build_policy  # noqa: E402
 from openrlhf_gopo.runtime.samples import DialogueSample, to_experience  # noqa: E402
 from openrlhf_gopo.types import Trajectory  # noqa: E402

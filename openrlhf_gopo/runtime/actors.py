@@ -10,11 +10,7 @@ from typing import Any
 
 import ray
 import torch
-
-from openrlhf_gopo.runtime.lean import without_vllm
-
-with without_vllm():  # a worker that trains imports this module first
-    from openrlhf.trainer.ray import launcher, ppo_actor
+from openrlhf.trainer.ray import launcher, ppo_actor
 
 from openrlhf_gopo.runtime.exact import ExactPreferenceTrainer
 from openrlhf_gopo.runtime.models import RoleActor, RolePPOTrainer, substituted
