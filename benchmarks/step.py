@@ -62,7 +62,8 @@ def gopo(model: str, folder: Path, args: argparse.Namespace) -> dict:
     steps = []
     for line in lines:
         if "timing/learn" in line:
-            made = sum(line[f"{role}/time_experience"] for role in ("expert", "responder"))
+            # The roles learn at the same time: a phase takes what the slower one takes.
+            made = max(line[f"{role}/time_experience"] for role in ("expert", "responder"))
             timing = {"rollout": line["timing/rollout"], "experience": made, "sync": line["timing/sync"]}
             steps.append(timing | {"update": line["timing/learn"] - made})
     parts = {key.removeprefix("timing/"): lines[0][key] for key in lines[0] if key.startswith("timing/")}
