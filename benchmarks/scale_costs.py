@@ -6,6 +6,7 @@ Every figure is CPU seconds of the real functions on trajectories of the real fo
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 import random
 import tempfile
@@ -24,6 +25,7 @@ import torch  # noqa: E402
 from openrlhf_gopo.config import EXPERT, RESPONDER  # noqa: E402
 from openrlhf_gopo.evaluation.records import append_trajectory  # noqa: E402
 from openrlhf_gopo.evaluation.summary import summarise  # noqa: E402
+from openrlhf_gopo.rewards import response  # noqa: E402
 from openrlhf_gopo.rollout.dialogue import run_dialogue  # noqa: E402
 from openrlhf_gopo.rollout.engine import Generation, Sampling  # noqa: E402
 from openrlhf_gopo.rollout.sampled import SampledPolicy, TokenLimits  # noqa: E402
@@ -103,13 +105,18 @@ def _output(reply: int) -> Any:
 def driver_costs(trajectory: Trajectory, k: int) -> dict[str, float]:
     """Of the driver, per trajectory."""
     sample = DialogueSample.of(trajectory, WEIGHTS)
+
+    def unseen() -> DialogueSample:
+        response._grams.cache_clear()  # the replies of another trajectory would not be in it
+        return DialogueSample.of(trajectory, WEIGHTS)
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trajectories.jsonl"
         written = cost(lambda: append_trajectory(path, trajectory))
         size = path.stat().st_size / sum(1 for _ in path.open())
     found = {
         "jsonl": written,
-        "sample": cost(lambda: DialogueSample.of(trajectory, WEIGHTS)),
+        "sample": cost(unseen),
         "experiences": cost(lambda: [to_experience(sample, role, 12 * (role == EXPERT)) for role in WEIGHTS]),
         "summary": cost(lambda: summarise([trajectory] * 64)) / 64,
     }
@@ -133,7 +140,8 @@ def _ray_costs(trajectory: Trajectory, k: int) -> dict[str, float]:
             self.played = played
 
     engine = Engine.remote()
-    ray.get(engine.have.remote([trajectory] * k))
+    # Copies: pickle writes an object that a list holds twice only once.
+    ray.get(engine.have.remote([copy.deepcopy(trajectory) for _ in range(k)]))
     request = DialogueRequest(trajectory.goal, None, TokenLimits(max_len=1, reply_max_tokens=1), 0, False, 1)
 
     def dispatch() -> Any:
