@@ -34,7 +34,7 @@ from openrlhf_gopo.runtime.requests import DialogueRequest, PolicySpec, build_po
 from openrlhf_gopo.runtime.samples import DialogueSample, to_experience  # noqa: E402
 from openrlhf_gopo.types import Trajectory  # noqa: E402
 
-WEIGHTS = {EXPERT: {"tse": 1.0, "esndcg": 1.0}, RESPONDER: {"tse": 1.0, "turns": 0.1}}
+WEIGHTS = {EXPERT: {"tse": 1.0}, RESPONDER: {"tse": 0.5, "gre": 1.0}}  # the defaults of --gopo.*_reward
 
 
 def cost(call: Callable[[], Any], repeats: int = 7, at_least: float = 0.05) -> float:
