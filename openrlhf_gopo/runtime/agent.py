@@ -11,7 +11,6 @@ from typing import Any
 
 from openrlhf.utils.agent import AgentExecutorBase
 from vllm import SamplingParams
-from vllm.sampling_params import RequestOutputKind
 
 from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.rollout.dialogue import run_dialogue
@@ -61,7 +60,6 @@ def sampling_params(sampling: Sampling) -> SamplingParams:
         logprobs=None if sampling.probabilities else 0,
         logprob_token_ids=list(sampling.allowed) if sampling.probabilities and sampling.allowed else None,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,  # nobody reads a reply as it grows: one wake-up, not one a token
     )
 
 
