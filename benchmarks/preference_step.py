@@ -13,27 +13,18 @@ import itertools
 import json
 import os
 import platform as machine
-import resource
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import FOR_MEMORY, in_fresh_process, peak, print_tables, reset_peak, shown, spread, timed, write
+from measuring import RESULTS as FOLDER
 from preference_methods import METHODS, NAIVE, Update, check
-from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results" / "preference_step.json"
-
-
-def timed(call: Callable[[], object]) -> dict[str, float]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    call()
-    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+RESULTS = FOLDER / "preference_step.json"
 
 
 def time_cell(
@@ -66,48 +57,19 @@ def memory_cell(vocabulary: int, k: int, method: str) -> float:
     update.optimizer.step()  # makes its state
     update.optimizer.zero_grad()
     gc.collect()
-    baseline = _reset_peak()
+    baseline = reset_peak()
     update.step(method)
-    return _peak() - baseline
+    return peak() - baseline
 
 
-def _reset_peak() -> float:
-    """Resident MiB now; on Linux the high-water mark starts again from here."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return _peak()
-    return _status("VmRSS")
-
-
-def _peak() -> float:
-    try:
-        return _status("VmHWM")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def _status(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-
-def in_fresh_process(what: str, threads: int, **arguments: object) -> Any:
+def in_process_of_its_own(what: str, threads: int, **arguments: object) -> Any:
     """What ``check``, ``time_cell`` or ``memory_cell`` returns."""
-    # Freed tensors go back to the system at once, so that the peak is that of live ones, not of a fragmented heap.
-    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if what == "memory" else {})
-    command = [sys.executable, "-W", "ignore", __file__, "--cell", json.dumps([what, threads, arguments])]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_fresh_process(__file__, [what, threads, arguments], FOR_MEMORY if what == "memory" else None)
 
 
 def leaves_out(method: str, vocabulary: int, k: int, max_gib: float) -> bool:
     """Three float32 tensors of (K, 320 tokens, vocabulary), the logits and their gradient's parts, would not fit."""
     return method == "group" and 3 * k * 320 * vocabulary * 4 > max_gib * 2**30
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values), "repeats": len(values)}
 
 
 def summary(rounds: dict[str, list]) -> dict:
@@ -126,16 +88,15 @@ def measure(args: argparse.Namespace) -> dict:
     results: dict = {
         "machine": {"cores": os.cpu_count(), "threads": args.threads, "arch": machine.machine()},
         "versions": {"python": machine.python_version(), "torch": torch.__version__},
-        "gradient_error": in_fresh_process("check", args.threads),
+        "gradient_error": in_process_of_its_own("check", args.threads),
         "cells": json.loads(args.out.read_text())["cells"] if args.resume and args.out.exists() else [],
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     there = [(cell["vocabulary"], cell["k"]) for cell in results["cells"]]
     for vocabulary, k in itertools.product(args.vocabulary, args.k):
         if (vocabulary, k) in there:
             continue
         results["cells"].append(measure_cell(vocabulary, k, args))
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        write(args.out, results)
         print(f"vocabulary {vocabulary}, K = {k}: done", file=sys.stderr, flush=True)
     return results
 
@@ -144,21 +105,16 @@ def measure_cell(vocabulary: int, k: int, args: argparse.Namespace) -> dict:
     shape = {"vocabulary": vocabulary, "k": k}
     methods = [m for m in METHODS if not leaves_out(m, vocabulary, k, args.max_gib)]
     options = {name: getattr(args, name) for name in ("repeats", "naive_repeats", "naive_seconds")}
-    cell = shape | summary(in_fresh_process("time", args.threads, **shape, methods=methods, **options))
+    cell = shape | summary(in_process_of_its_own("time", args.threads, **shape, methods=methods, **options))
     cell["peak_mib"] = {}
     for m in methods:
         often = range(1 if m in NAIVE else args.memory_repeats)
-        cell["peak_mib"][m] = spread([in_fresh_process("memory", args.threads, **shape, method=m) for _ in often])
+        cell["peak_mib"][m] = spread([in_process_of_its_own("memory", args.threads, **shape, method=m) for _ in often])
     return cell
 
 
 def tables(results: dict) -> list[Table]:
-    def cell(values: dict | None, digits: int) -> str:
-        if values is None:
-            return "too large"
-        median, low, high = (f"{values[key]:.{digits}f}" for key in ("median", "low", "high"))
-        return median if low == high else f"{median} [{low}, {high}]"
-
+    cell = partial(shown, nothing="too large")
     seconds = Table(title="seconds of one update: median, and range of several")
     memory = Table(title="peak memory above model and optimizer state, MiB")
     for table, extra in ((seconds, ["ours / policy gradient, CPU time", "coefficients, ms"]), (memory, [])):
@@ -198,10 +154,8 @@ def main() -> None:
         args.k, args.vocabulary, args.repeats, args.naive_repeats = [2, 4], [2000], 7, 2
         args.memory_repeats = 2
     results = measure(args)
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    for table in tables(results):
-        console.print(table)
-    console.print(f"gradients agree to {max(results['gradient_error'].values()):.1e}; written to {args.out}")
+    agreed = f"gradients agree to {max(results['gradient_error'].values()):.1e}; written to {args.out}"
+    print_tables(tables(results), agreed)
 
 
 if __name__ == "__main__":

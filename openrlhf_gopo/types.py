@@ -163,8 +163,10 @@ class Trajectory:
         return set(self.completed) == set(self.goal.subgoals)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready record; the goal's private ``data`` stays out, the streams stay in."""
-        record = asdict(replace(self, goal=replace(self.goal, data={})))
+        """A JSON-ready record; the goal's private ``data`` stays out, the streams stay in, as the very lists."""
+        record = asdict(replace(self, goal=replace(self.goal, data={}), streams={}))
+        # asdict copies token by token, which takes ten times as long as all the rest of the record.
+        record["streams"] = {role: dict(vars(stream)) for role, stream in self.streams.items()}
         record["goal"].pop("data")
         record["stop"] = self.stop.value
         record["success"] = self.success

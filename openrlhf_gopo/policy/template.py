@@ -44,6 +44,7 @@ class ChatTemplate:
         added = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if len(str(t).strip(" \t\r\n▁")) > 1}
         literals = added | special
         self._special, self._control = set(special.values()), set(literals.values())
+        self._known: dict[tuple[str, str], Counter[int]] = {}
         longest_first = sorted(literals, key=len, reverse=True)
         self._literal = re.compile(f"(?=({'|'.join(map(re.escape, longest_first)) or '(?!)'}))")
         self._to_system, self._to_first, self._to_reply, self._blank, between = self._pieces()
@@ -103,8 +104,15 @@ class ChatTemplate:
         ids: list[int] = []
         for a, b in pairwise([0, *cuts, len(text)]):
             ids += self._encode(text[a:b], self._stop if a else behind)
-        self._check(text, ids, self._encode("".join(parts[::2]), behind))
+        self._check(text, ids, self._own("".join(parts[::2]), behind))
         return ids
+
+    def _own(self, template: str, behind: str) -> Counter[int]:
+        """The control tokens of ``template`` alone. There are few templates: each is tokenised once."""
+        key = (template, behind)
+        if key not in self._known:
+            self._known[key] = Counter(i for i in self._encode(template, behind) if i in self._control)
+        return self._known[key]
 
     def _encode(self, text: str, behind: str) -> list[int]:
         """The tokens of ``text`` where it follows ``behind``, "" or the stop token.
@@ -117,9 +125,9 @@ class ChatTemplate:
             raise StreamError(f"text that is not valid Unicode: {text[:80]!r}: {error}") from error
         return ids[1:] if behind else ids
 
-    def _check(self, text: str, ids: list[int], template: list[int]) -> None:
-        """The control tokens of ``ids`` must be those of ``template``."""
-        found, own = (Counter(i for i in tokens if i in self._control) for tokens in (ids, template))
+    def _check(self, text: str, ids: list[int], own: Counter[int]) -> None:
+        """The control tokens of ``ids`` must be ``own``, those of the template."""
+        found = Counter(i for i in ids if i in self._control)
         if found != own:
             names = self.tokenizer.convert_ids_to_tokens(sorted((found - own) + (own - found)))
             raise StreamError(f"text tokenises to the control tokens {names}: {text[:80]!r}")

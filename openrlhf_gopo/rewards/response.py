@@ -15,6 +15,7 @@ mean over its replies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from openrlhf_gopo.rewards.text import mentions, values, words
 from openrlhf_gopo.types import Trajectory, Turn
@@ -85,8 +86,9 @@ def gre(trajectory: Trajectory) -> float:
     return response_scores(trajectory)["gre"]
 
 
-def _grams(text: str) -> list[tuple[str, ...]]:
+@lru_cache(maxsize=4096)  # a reply is compared with every later one, and scored once per role
+def _grams(text: str) -> tuple[tuple[str, ...], ...]:
     said = words(text)
     if not said:
-        return []
-    return [tuple(said[i : i + _GRAM]) for i in range(max(1, len(said) - _GRAM + 1))]
+        return ()
+    return tuple(tuple(said[i : i + _GRAM]) for i in range(max(1, len(said) - _GRAM + 1)))

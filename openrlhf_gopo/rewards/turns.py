@@ -18,6 +18,8 @@ from openrlhf_gopo.rewards.response import reply_scores
 from openrlhf_gopo.rewards.tse import KAPPA, focused_engagement
 from openrlhf_gopo.types import Trajectory
 
+REPLY_METRICS = {"realised", "grounded", "no_repetition", "gre"}
+
 
 def turn_rewards(trajectory: Trajectory, weights: Mapping[str, float], kappa: float = KAPPA) -> list[float]:
     """r_t of every turn, with sum_t r_t = ``joint(trajectory.rewards, weights)`` for rewards scored with ``kappa``.
@@ -39,7 +41,9 @@ def turn_rewards(trajectory: Trajectory, weights: Mapping[str, float], kappa: fl
     further = {name: value for name, value in trajectory.rewards.items() if name not in METRICS}
     open_goals = dict(trajectory.goal.subgoals)
     earned = []
-    for t, (turn, gain, reply) in enumerate(zip(turns, gains(trajectory), reply_scores(trajectory), strict=True)):
+    # Reading the replies takes longer than all the rest, and the expert's return rarely asks for it.
+    replies = reply_scores(trajectory) if weights.keys() & REPLY_METRICS else [dict[str, float]()] * count
+    for t, (turn, gain, reply) in enumerate(zip(turns, gains(trajectory), replies, strict=True)):
         done = sum(open_goals.pop(subgoal, 0.0) for subgoal in turn.completed)
         metrics = {name: value / count for name, value in reply.items()} | {
             "tse": 100.0 * done * focus,

@@ -10,7 +10,7 @@ import ray
 from ray.util.placement_group import remove_placement_group
 
 from openrlhf_gopo.rollout.engine import Generate, Generation, Sampling
-from openrlhf_gopo.runtime import agent, launch
+from openrlhf_gopo.runtime import agent, cluster, launch
 
 PREFIX = 256  # tokens that decide on the engine: they reach beyond the catalogue, to where goals begin to differ
 
@@ -31,7 +31,7 @@ class Engines:
     def start(self, models: Sequence[str]) -> None:
         """Have engines of exactly ``models``: others are ended, for there may be no memory for both."""
         self.end(besides=models)
-        launch.init_ray(self.gpus)
+        cluster.init_ray(self.gpus)
         for model in models:
             if model not in self._actors:
                 self._bundles[model] = launch.placement(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,6 @@ from openrlhf.utils import get_strategy, get_tokenizer
 from ray.util.placement_group import placement_group
 from transformers import set_seed
 
-from openrlhf_gopo import platform
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rewards.joint import parse_weights
@@ -26,7 +25,6 @@ from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.runtime import agent
 from openrlhf_gopo.runtime.actors import RolePolicyActor, RoleReferenceActor
 from openrlhf_gopo.runtime.checkpoint import Checkpoints
-from openrlhf_gopo.runtime.checks import gpus_needed
 from openrlhf_gopo.runtime.liveness import watched
 from openrlhf_gopo.runtime.requests import build_policy, policy_spec
 from openrlhf_gopo.runtime.roles import Role, make_roles
@@ -50,12 +48,17 @@ def rollout_spec(args: SimpleNamespace, config: GopoConfig) -> RolloutSpec:
     return RolloutSpec(policy_spec(args, config), limits, weights, config, args.train.seed)
 
 
-def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str, list[Trajectory]]:
-    """Build both roles, train them, save them; returns the held-out dialogues before and after."""
+def train(
+    args: SimpleNamespace, config: GopoConfig, results: Path, ready: Callable[[], object]
+) -> dict[str, list[Trajectory]]:
+    """Build both roles, train them, save them; returns the held-out dialogues before and after.
+
+    ``ready`` returns once Ray is connected.
+    """
     clock = [psutil.Process().create_time(), time.time()]
     checkpoints = Checkpoints(args, config, results)
     checkpoints.open()
-    init_ray(gpus_needed(args, config), config.worker_logs)
+    ready()
     clock.append(time.time())
     roles = make_roles(args, config)
     place(roles, args, config)
@@ -87,36 +90,6 @@ def save_models(roles: dict[str, Role], args: SimpleNamespace) -> None:
     ray.get([ref for role in saved.values() for ref in role.actor.async_save_model()])
     if args.critic.save_value_network:
         ray.get([ref for role in roles.values() if role.critic is not None for ref in role.critic.async_save_model()])
-
-
-def init_ray(gpus: int, worker_logs: bool = False) -> None:
-    """Connect to the running cluster or start a local one, with upstream's environment variables.
-
-    ``gpus``: how many the groups will ask for; without a GPU the local cluster gets as many logical ones.
-    """
-    if ray.is_initialized():
-        return
-    env_vars = {
-        name: os.environ.get(name, value)
-        for name, value in (
-            ("TOKENIZERS_PARALLELISM", "true"),
-            ("NCCL_DEBUG", "WARN"),
-            ("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1"),
-        )
-    }
-    runtime_env: dict[str, Any] = {"env_vars": env_vars}
-    if not platform.is_cpu():
-        ray.init(runtime_env=runtime_env, log_to_driver=worker_logs)
-        return
-    cpu = platform.ray_runtime_env()
-    cpu["env_vars"] = {**env_vars, **cpu["env_vars"]}
-    ray.init(
-        num_gpus=gpus,
-        num_cpus=max(16, 2 * gpus),
-        include_dashboard=False,
-        runtime_env=cpu,
-        log_to_driver=worker_logs,
-    )
 
 
 def place(roles: dict[str, Role], args: SimpleNamespace, config: GopoConfig) -> None:

@@ -1,0 +1,27 @@
+"""OpenRLHF's ``train_ppo_ray`` unchanged, with the flags' defaults and the Ray cluster that this machine can run."""
+
+import argparse
+import sys
+
+from openrlhf_gopo import platform
+
+platform.activate()
+
+
+def main() -> None:
+    from openrlhf.cli import train_ppo_ray
+
+    from openrlhf_gopo.runtime.cluster import init_ray
+    from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
+
+    upstream = UpstreamCli.load()
+    parser: argparse.ArgumentParser = upstream.parser
+    if platform.is_cpu():
+        parser.set_defaults(**platform.FLAG_DEFAULTS)
+    args = upstream.validate(parser.parse_args(sys.argv[1:]))
+    init_ray(gpus=3, worker_logs=True)  # actor, reference, engine; its trainer reports from a worker
+    train_ppo_ray.train(args)
+
+
+if __name__ == "__main__":
+    main()

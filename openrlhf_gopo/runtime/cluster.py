@@ -1,0 +1,40 @@
+"""Ray, and nothing else of the stack: it starts while the driver imports the rest."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+
+from openrlhf_gopo import platform
+
+
+def init_ray(gpus: int, worker_logs: bool = False) -> None:
+    """Connect to the running cluster or start a local one, with upstream's environment variables.
+
+    ``gpus``: how many the groups will ask for; without a GPU the local cluster gets as many logical ones.
+    """
+    if ray.is_initialized():
+        return
+    env_vars = {
+        name: os.environ.get(name, value)
+        for name, value in (
+            ("TOKENIZERS_PARALLELISM", "true"),
+            ("NCCL_DEBUG", "WARN"),
+            ("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1"),
+        )
+    }
+    runtime_env: dict[str, Any] = {"env_vars": env_vars}
+    if not platform.is_cpu():
+        ray.init(runtime_env=runtime_env, log_to_driver=worker_logs)
+        return
+    cpu = platform.ray_runtime_env()
+    cpu["env_vars"] = {**env_vars, **cpu["env_vars"]}
+    ray.init(
+        num_gpus=gpus,
+        num_cpus=max(16, 2 * gpus),
+        include_dashboard=False,
+        runtime_env=cpu,
+        log_to_driver=worker_logs,
+    )
