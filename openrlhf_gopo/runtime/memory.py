@@ -18,7 +18,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
-from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
 
 GIB = 2**30
 CONTEXT = GIB // 2  # of CUDA and its libraries, per process (our assumption, not measured)
@@ -42,8 +41,6 @@ class Shape:
     def read(cls, path: str) -> Shape | None:
         """From the model's config.json, without weights; None where there is none."""
         import torch
-
-        hide_what_cuda_builds_break()  # a run for GPUs may be planned where there is none
         from transformers import AutoConfig, AutoModelForCausalLM
 
         if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
