@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from openrlhf_gopo.errors import ConfigError
+from openrlhf_gopo.config_llm import JudgeConfig, LlmConfig
+from openrlhf_gopo.flag import check_choices as _check_choices
+from openrlhf_gopo.flag import default, flag, flags
+from openrlhf_gopo.flag import require as _require
+
+__all__ = [
+    "EXPERT",
+    "RESPONDER",
+    "GopoConfig",
+    "JudgeConfig",
+    "LlmConfig",
+    "PreferenceConfig",
+    "default",
+    "flags",
+    "from_flags",
+]
 
 EXPERT, RESPONDER = "expert", "responder"
-
-
-def flag(default: Any, help: str, *, choices: tuple[str, ...] | None = None, kind: type | None = None) -> Any:
-    """A dataclass field that is also a command-line flag; ``kind`` is needed where the default is None."""
-    return field(default=default, metadata={"help": help, "choices": choices, "kind": kind or type(default)})
 
 
 @dataclass(frozen=True)
@@ -66,49 +74,6 @@ class PreferenceConfig:
 
 
 @dataclass(frozen=True)
-class LlmConfig:
-    """``--gopo.llm.*``: how the user simulator ``llm:MODEL@URL`` asks its endpoint. The key itself is no part of it."""
-
-    temperature: float = flag(0.7, "sampling temperature")
-    max_new_tokens: int = flag(80, "token cap of one utterance")
-    timeout: float = flag(15.0, "seconds of one request; all tries of an utterance stay below --gopo.user_timeout")
-    attempts: int = flag(4, "tries of a request that meets 429, 5xx, a timeout or a broken connection")
-    concurrency: int = flag(16, "requests under way at once, per process (one per vLLM engine of the responder)")
-    budget_requests: int = flag(None, "requests of one process, tries included, after which dialogues fail", kind=int)
-    budget_tokens: int = flag(None, "tokens of one process, prompts included, after which dialogues fail", kind=int)
-    cache: str = flag(None, "SQLite file that keeps every answer: equal seeds replay without a request", kind=str)
-    api_key_env: str = flag("OPENAI_API_KEY", "environment variable that holds the key, if the endpoint wants one")
-    extra_body: str = flag(
-        None, "JSON object merged into every request; a null takes a field out, as max_tokens for some models", kind=str
-    )
-
-    def __post_init__(self) -> None:
-        _require(self.temperature >= 0, "--gopo.llm.temperature", self.temperature, "give 0 or more")
-        _require(self.timeout > 0, "--gopo.llm.timeout", self.timeout, "give a positive number of seconds")
-        for name in ("max_new_tokens", "attempts", "concurrency", "budget_requests", "budget_tokens"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"--gopo.llm.{name}", value, "give 1 or more")
-        _require(
-            re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env) is not None,
-            "--gopo.llm.api_key_env",
-            "(not shown)",  # somebody may have given the key itself
-            "give the name of an environment variable, not the key",
-        )
-        self.extra()
-
-    def extra(self) -> dict[str, Any]:
-        """``extra_body`` as an object."""
-        try:
-            extra = json.loads(self.extra_body or "{}")
-        except ValueError:
-            extra = None
-        _require(
-            isinstance(extra, dict), "--gopo.llm.extra_body", self.extra_body, 'give a JSON object, as {"top_p": 1}'
-        )
-        return extra
-
-
-@dataclass(frozen=True)
 class GopoConfig:
     """``--gopo.*``: everything that is not an upstream flag."""
 
@@ -148,6 +113,13 @@ class GopoConfig:
     expert_plan_tokens: int = flag(48, "token cap of one plan with --gopo.expert_mode plan")
     expert_reward: str = flag("tse=1", "expert's return: weighted sum of trajectory metrics, e.g. tse=1,esndcg=0.5")
     responder_reward: str = flag("tse=0.5,gre=1", "responder's return, same form")
+    reward: str = flag(
+        None,
+        "further rewards, comma-separated: path/to/file.py:name, an entry point, judge:MODEL@URL (a language model of "
+        "OpenAI's API), remote:URL (as --reward.remote_url); each adds metrics that the two flags above may name",
+        kind=str,
+    )
+    reward_timeout: float = flag(60.0, "seconds one reward of --gopo.reward may take before the dialogue fails")
     expert_pg_coef: float = flag(0.0, "weight of the turn-level term in the expert's advantages")
     expert_pg: str = flag(
         "group",
@@ -184,6 +156,7 @@ class GopoConfig:
     dry_run: bool = flag(False, "check data, template, labels, token budgets and batch arithmetic, then stop")
     pref: PreferenceConfig = field(default_factory=PreferenceConfig)
     llm: LlmConfig = field(default_factory=LlmConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self) -> None:
         _check_choices(self, "gopo")
@@ -212,6 +185,14 @@ class GopoConfig:
             "--gopo.llm.timeout",
             self.llm.timeout,
             f"give less than --gopo.user_timeout {self.user_timeout}",
+        )
+        timeout = self.reward_timeout
+        _require(timeout > 0, "--gopo.reward_timeout", timeout, "give a positive number of seconds")
+        _require(
+            "judge:" not in (self.reward or "") or self.judge.timeout < timeout,
+            "--gopo.judge.timeout",
+            self.judge.timeout,
+            f"give less than --gopo.reward_timeout {timeout}",
         )
         _require(
             0 <= self.max_failure_rate <= 1, "--gopo.max_failure_rate", self.max_failure_rate, "give a share in [0, 1]"
@@ -260,36 +241,14 @@ class GopoConfig:
         return (self.schedule,)
 
 
-def flags(cls: type) -> Iterator[Field]:
-    """The fields of a config dataclass that are flags, in order."""
-    return (f for f in fields(cls) if "help" in f.metadata)
-
-
 def from_flags(values: Mapping[str, Any]) -> GopoConfig:
-    """Build the config from flat flag values keyed ``gopo.<field>``, ``gopo.pref.<field>`` and ``gopo.llm.<field>``.
+    """Build the config from flat flag values keyed ``gopo.<field>``, ``gopo.pref.<field>`` and so on.
 
     Raises:
         ConfigError: a value is out of range.
     """
-    pref = PreferenceConfig(**{f.name: values[f"gopo.pref.{f.name}"] for f in flags(PreferenceConfig)})
-    llm = LlmConfig(**{f.name: values[f"gopo.llm.{f.name}"] for f in flags(LlmConfig)})
-    return GopoConfig(**{f.name: values[f"gopo.{f.name}"] for f in flags(GopoConfig)}, pref=pref, llm=llm)
-
-
-def default(f: Field) -> Any:
-    """The flag's default value."""
-    assert f.default is not MISSING  # every flag() has one
-    return f.default
-
-
-def _check_choices(config: Any, prefix: str) -> None:
-    for f in flags(type(config)):
-        choices = f.metadata["choices"]
-        if choices:
-            value = getattr(config, f.name)
-            _require(value in choices, f"--{prefix}.{f.name}", value, f"choose one of {', '.join(choices)}")
-
-
-def _require(ok: bool, name: str, value: Any, remedy: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} {value}: {remedy}")
+    nested: dict[str, Any] = {
+        name: cls(**{f.name: values[f"gopo.{name}.{f.name}"] for f in flags(cls)})
+        for name, cls in (("pref", PreferenceConfig), ("llm", LlmConfig), ("judge", JudgeConfig))
+    }
+    return GopoConfig(**{f.name: values[f"gopo.{f.name}"] for f in flags(GopoConfig)}, **nested)

@@ -1,11 +1,11 @@
-"""Classes by name: built in, an entry point of another package, or ``path/to/file.py:ClassName``. Stdlib only."""
+"""What a flag names: built in, an entry point of another package, or ``path/to/file.py:Name``. Stdlib only."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,23 @@ def find_class(
     Raises:
         ConfigError: there is none, or what was named is something else.
     """
-    found = _find(flag, name, group, what, builtin, others)
+    found = _find(flag, name, group, what, builtin, (*others, "or path/to/file.py:ClassName"))
     if not (isinstance(found, type) and issubclass(found, base)):
         public = base.__module__.rpartition(".")[0]  # openrlhf_gopo.envs re-exports what envs/base.py defines
         raise ConfigError(f"{flag} {name}: {found!r} is not a subclass of {public}.{base.__name__}")
+    return found
+
+
+def find_callable(flag: str, name: str, group: str, what: str, others: tuple[str, ...]) -> Callable[..., Any]:
+    """The callable that ``flag`` names; a class is built without arguments. See ``find_class``.
+
+    Raises:
+        ConfigError: there is none, or what was named cannot be called.
+    """
+    found = _find(flag, name, group, what, {}, (*others, "or path/to/file.py:name"))
+    found = found() if isinstance(found, type) else found
+    if not callable(found):
+        raise ConfigError(f"{flag} {name}: {found!r:.80} cannot be called; a {what} is a function, or a class with one")
     return found
 
 
@@ -42,8 +55,9 @@ def _find(flag: str, name: str, group: str, what: str, builtin: Mapping[str, str
     registered = {point.name: point for point in entry_points(group=group)}
     if name in registered:
         return registered[name].load()
-    known = ", ".join(sorted({*builtin, *others, *registered}))
-    raise ConfigError(f"{flag} {name}: no such {what}; choose one of {known}, or path/to/file.py:ClassName")
+    *known, form = others
+    known = sorted({*builtin, *known, *registered})
+    raise ConfigError(f"{flag} {name}: no such {what}; choose one of {', '.join([*known, form])}")
 
 
 def _from_file(given: str, path: Path, attribute: str) -> object:

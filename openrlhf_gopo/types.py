@@ -87,10 +87,11 @@ class Turn:
     """One turn: user utterance -> strategy -> reply, with what the environment said about it.
 
     ``relevance`` grades each allowed strategy 0..3 before the choice; ``briefing`` is what the responder was told;
-    ``expected`` are the strings a faithful reply contains. ``probabilities`` are the expert's of the allowed strategies
-    (empty when not asked for, or when forced). ``expert_logprob`` is the sampler's log pi_E(z_t), 0 when
-    forced (one allowed strategy). ``reply_cut`` is True when the reply hit its token cap. ``plan`` is what the expert
-    wrote before it chose, if it plans.
+    ``expected`` are the strings a faithful reply contains. ``probabilities`` is the expert's pi_E(z | h_t) over the
+    allowed set, empty when unknown. ``expert_logprob`` is the sampler's log pi_E(z_t), 0 when forced (one allowed
+    strategy). ``reply_cut`` is True when the reply hit its token cap. ``plan`` is what the expert wrote before it
+    chose, if it plans. ``invalid``: the expert named no allowed strategy and one was drawn for it; None where that
+    cannot happen (decoding is restricted to the allowed set, or there was nothing to choose).
     """
 
     user: str
@@ -109,6 +110,7 @@ class Turn:
     forced: bool = False
     reply_cut: bool = False
     plan: str = ""
+    invalid: bool | None = None
 
 
 @dataclass

@@ -13,12 +13,14 @@ STACK = ["openrlhf", "ray", "vllm", "deepspeed"]
 TORCH = ["torch", "transformers", "numpy"]
 OTHERS = ["graphviz", "httpx", "jinja2", "matplotlib", "pydantic", "yaml", "rich", "sacrebleu", "tenacity", "tqdm"]
 HIGH = [f"openrlhf_gopo.{name}" for name in ("runtime", "platform", "cli")]
-MIDDLE = ["sop", "envs", "users", "policy", "rollout", "rewards", "evaluation", "logs"]
+MIDDLE = ["sop", "endpoint", "envs", "users", "policy", "rollout", "rewards", "evaluation", "logs"]
 
 # layer -> what none of its modules may import, directly or through another module
 FORBIDDEN = {
     "types": [*STACK, *TORCH, *OTHERS, *HIGH],
     "config": [*STACK, *TORCH, *OTHERS, *HIGH],
+    "config_llm": [*STACK, *TORCH, *OTHERS, *HIGH],
+    "flag": [*STACK, *TORCH, *OTHERS, *HIGH],
     "errors": [*STACK, *TORCH, *OTHERS, *HIGH],
     "plugins": [*STACK, *TORCH, *OTHERS, *HIGH],
     "core": [*STACK, *OTHERS, *HIGH, "transformers", *(f"openrlhf_gopo.{name}" for name in MIDDLE)],

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from openrlhf_gopo import platform
-from openrlhf_gopo.config import GopoConfig, LlmConfig, default, flags
+from openrlhf_gopo.config import GopoConfig, JudgeConfig, LlmConfig, default, flags
 from openrlhf_gopo.errors import ConfigError, GopoError
 from openrlhf_gopo.evaluation.contenders import parse_contenders
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Of train_gopo's flags, those that an evaluation has a use for.
 GOPO = (
     *("env", "data", "user", "max_turns", "reply_max_tokens", "labels", "names_only", "expert_mode"),
-    *("expert_plan_tokens", "user_timeout", "attempts", "eval_goals", "worker_logs"),
+    *("expert_plan_tokens", "user_timeout", "attempts", "eval_goals", "worker_logs", "reward", "reward_timeout"),
 )
 UPSTREAM = (
     *("data.max_len", "eval.temperature", "eval.n_samples_per_prompt", "rollout.top_p", "train.seed"),
@@ -39,7 +39,7 @@ UPSTREAM = (
 FIXED = (
     *("gopo.env", "gopo.data", "gopo.user", "gopo.max_turns", "gopo.reply_max_tokens", "gopo.labels"),
     *("gopo.names_only", "gopo.expert_mode", "gopo.expert_plan_tokens", "data.max_len", "eval.temperature"),
-    *("rollout.top_p", "train.seed"),
+    *("gopo.reward", "rollout.top_p", "train.seed"),
 )
 
 
@@ -62,7 +62,11 @@ def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder of the dialogues and of the report")
     parser.add_argument("--split", choices=("heldout", "train"), default="heldout", help="whose goals")
     parser.add_argument("--concurrency", type=int, default=64, help="dialogues under way at once")
-    for cls, prefix, names in ((GopoConfig, "gopo", GOPO), (LlmConfig, "gopo.llm", None)):
+    for cls, prefix, names in (
+        (GopoConfig, "gopo", GOPO),
+        (LlmConfig, "gopo.llm", None),
+        (JudgeConfig, "gopo.judge", None),
+    ):
         for f in flags(cls):
             if names is not None and f.name not in names:
                 continue
@@ -89,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         contenders = parse_contenders(flat["policy"])
         given = {f.name: flat[f"gopo.{f.name}"] for f in flags(GopoConfig) if f"gopo.{f.name}" in flat}
         llm = LlmConfig(**{f.name: flat[f"gopo.llm.{f.name}"] for f in flags(LlmConfig)})
-        config = GopoConfig(**given, llm=llm)
+        judge = JudgeConfig(**{f.name: flat[f"gopo.judge.{f.name}"] for f in flags(JudgeConfig)})
+        config = GopoConfig(**given, llm=llm, judge=judge)
         for name in ("concurrency", "eval.n_samples_per_prompt", "data.max_len"):
             if flat[name] < 1:
                 raise ConfigError(f"--{name} {flat[name]}: give 1 or more")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,15 @@ from types import SimpleNamespace
 from typing import NoReturn
 
 from openrlhf_gopo import platform
-from openrlhf_gopo.config import GopoConfig, LlmConfig, PreferenceConfig, default, flags, from_flags
+from openrlhf_gopo.config import (
+    GopoConfig,
+    JudgeConfig,
+    LlmConfig,
+    PreferenceConfig,
+    default,
+    flags,
+    from_flags,
+)
 from openrlhf_gopo.errors import ConfigError, GopoError
 from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
 
@@ -24,6 +33,7 @@ SECTIONS = {
     "gopo": "this project's: environment, rollout, rewards, evaluation",
     "gopo.pref": "the expert's trajectory-level preference loss",
     "gopo.llm": "the endpoint of --gopo.user llm:MODEL@URL",
+    "gopo.judge": "the endpoint of --gopo.reward judge:MODEL@URL, and its rubric",
     "expert": "the expert; every flag defaults to the value of --actor.*",
     "actor": "the responder (OpenRLHF's actor)",
     "ref": "reference models, one per role",
@@ -39,7 +49,8 @@ SECTIONS = {
     "ds": "DeepSpeed",
     "logger": "loggers",
 }
-# Upstream's flags that the environment replaces; an existing script may still carry them.
+# Upstream's flags that the environment replaces; an existing script may still carry them. The URL of a remote reward is
+# not replaced, see _take_remote_reward.
 REPLACED = (
     "train.agent_func_path",
     "data.prompt_dataset",
@@ -65,7 +76,8 @@ def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     groups = {name: parser.add_argument_group(f"{name}.*", text) for name, text in SECTIONS.items()}
     other = parser.add_argument_group("other")
-    for cls, prefix in ((GopoConfig, "gopo"), (PreferenceConfig, "gopo.pref"), (LlmConfig, "gopo.llm")):
+    prefixes = {PreferenceConfig: "gopo.pref", LlmConfig: LlmConfig.prefix, JudgeConfig: JudgeConfig.prefix}
+    for cls, prefix in {GopoConfig: "gopo", **prefixes}.items():
         for f in flags(cls):
             name, meta = f"--{prefix}.{f.name}", f.metadata
             if meta["kind"] is bool:
@@ -107,6 +119,7 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, GopoConfig]:
     if platform.is_cpu():
         parser.set_defaults(**platform.FLAG_DEFAULTS)
     flat = vars(parser.parse_args(argv))
+    _take_remote_reward(flat)
     config = from_flags(flat)
     expert = {k.removeprefix("expert."): v for k, v in flat.items() if k.startswith("expert.")}
     replaced = [name for name in REPLACED if flat.get(name)]
@@ -123,6 +136,22 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, GopoConfig]:
     if platform.is_cpu():
         platform.check_flags(args)
     return args, config
+
+
+def _take_remote_reward(flat: dict) -> None:
+    """``--reward.remote_url http://A,http://B`` becomes ``--gopo.reward remote:http://A,remote:http://B``."""
+    given = flat["reward.remote_url"] or ""
+    if not given.startswith(("http://", "https://")):
+        return
+    flat["reward.remote_url"] = None
+    servers = (f"remote:{url.strip()}" for url in given.split(","))
+    flat["gopo.reward"] = ",".join(filter(None, (flat["gopo.reward"], *servers)))
+    if not re.search(r"\bremote\s*=", f"{flat['gopo.expert_reward']},{flat['gopo.responder_reward']}"):
+        print(
+            "--reward.remote_url: measured and logged as the metric remote, but nobody's reward; add it to "
+            "--gopo.expert_reward or --gopo.responder_reward, as in remote=1",
+            file=sys.stderr,
+        )
 
 
 def _expert_args(actor: SimpleNamespace, given: dict, config: GopoConfig) -> SimpleNamespace:

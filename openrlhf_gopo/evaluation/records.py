@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from openrlhf_gopo.errors import DataError
 from openrlhf_gopo.types import Goal, StopReason, Stream, Trajectory, Turn
+
+logger = logging.getLogger(__name__)
 
 Check = Callable[[Any], Any]  # returns the value in its Python type, or raises _BadField
 
@@ -46,10 +49,14 @@ def append_trajectory(path: str | os.PathLike[str], trajectory: Trajectory) -> N
         file.write(line)
 
 
-def read_trajectories(path: str | os.PathLike[str]) -> list[Trajectory]:
+def read_trajectories(
+    path: str | os.PathLike[str], torn: Literal["error", "skip"] = "error", streams: bool = True
+) -> list[Trajectory]:
     """Read what ``append_trajectory`` wrote; blank lines are skipped, ``goal.data`` is empty.
 
     Unknown keys at the top of a record are ignored (a writer may add a step number), elsewhere they are errors.
+    ``torn="skip"`` leaves out, with a warning in the log, a last line that a killed writer left unfinished: no newline
+    at its end, and no JSON. ``streams=False`` leaves the streams out unread, most of a file that has them.
 
     Raises:
         DataError: the file is missing, or a record breaks the layout; names ``file:line:field``.
@@ -57,18 +64,33 @@ def read_trajectories(path: str | os.PathLike[str]) -> list[Trajectory]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such trajectories file; give the .jsonl that the rollout wrote")
+    found = []
     with path.open("rb") as file:
-        return [_parse(line, f"{path}:{number}") for number, line in enumerate(file, start=1) if line.strip()]
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                found.append(_parse(line, f"{path}:{number}", streams))
+            except _NotJson:
+                if torn == "error" or line.endswith(b"\n"):
+                    raise
+                lost = "the writer was killed within this last line; it is left out"
+                logger.warning("%s:%d: %s, the %d dialogues before it are used", path, number, lost, len(found))
+    return found
 
 
-def _parse(line: bytes, where: str) -> Trajectory:
+class _NotJson(DataError):
+    """A line that is no JSON: at the end of a file, the mark of a killed writer."""
+
+
+def _parse(line: bytes, where: str, streams: bool) -> Trajectory:
     try:
         record = json.loads(line)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise DataError(f"{where}: not JSON ({error}); a killed writer leaves such a line: delete it") from error
+        raise _NotJson(f"{where}: not JSON ({error}); a killed writer leaves such a line: delete it") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
-    known = {key: value for key, value in record.items() if key in _TRAJECTORY}
+    known = {key: value for key, value in record.items() if key in _TRAJECTORY and (streams or key != "streams")}
     try:
         return _build(Trajectory, _TRAJECTORY, known)
     except _BadField as error:
@@ -144,6 +166,10 @@ def _optional_text(value: Any) -> str | None:
     return None if value is None else _text(value)
 
 
+def _optional_flag(value: Any) -> bool | None:
+    return None if value is None else _flag(value)
+
+
 def _anything(value: Any) -> Any:
     return value
 
@@ -179,6 +205,7 @@ _TURN: dict[str, Check] = {
     "expert_logprob": _number,
     "forced": _flag,
     "reply_cut": _flag,
+    "invalid": _optional_flag,
 }
 _STREAM: dict[str, Check] = {
     "tokens": _list_of(_whole),

@@ -14,8 +14,9 @@ from tqdm import tqdm
 from openrlhf_gopo.envs.base import Environment
 from openrlhf_gopo.errors import DialogueError
 from openrlhf_gopo.evaluation.records import append_trajectory, read_trajectories
+from openrlhf_gopo.rewards.custom import Rewards
 from openrlhf_gopo.rollout.agent import Policy
-from openrlhf_gopo.rollout.dialogue import Limits, dialogue_seed, run_dialogue
+from openrlhf_gopo.rollout.dialogue import BUILT_IN, Limits, dialogue_seed, run_dialogue
 from openrlhf_gopo.types import Goal, StopReason, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ async def evaluate(
     *,
     concurrency: int = 64,
     attempts: int = 2,
+    rewards: Rewards = BUILT_IN,
     label: str = "",
 ) -> list[Trajectory]:
     """Play what ``path`` does not hold yet, and append it there; returns one trajectory per job, in their order.
@@ -71,7 +73,9 @@ async def evaluate(
 
     async def play(job: Job) -> Trajectory:
         for _ in range(attempts):
-            trajectory = await run_dialogue(env, job.goal, policy, limits, sample=job.sample, seed=job.seed)
+            trajectory = await run_dialogue(
+                env, job.goal, policy, limits, sample=job.sample, seed=job.seed, rewards=rewards
+            )
             if trajectory.stop is not StopReason.FAILED:
                 break
         append_trajectory(path, trajectory)

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from openrlhf_gopo.envs.base import Dialogue, Environment
 from openrlhf_gopo.errors import ConfigError, DialogueError
+from openrlhf_gopo.rewards.custom import Rewards
 from openrlhf_gopo.rollout.agent import Agent, Case, Choice, Reply
-from openrlhf_gopo.rollout.dialogue import Limits, run_dialogue
+from openrlhf_gopo.rollout.dialogue import BUILT_IN, Limits, run_dialogue
 from openrlhf_gopo.types import Goal, StopReason, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
@@ -83,9 +84,11 @@ class _Script:
         return Reply(self.policy.reply(self.dialogue, turn.strategy, turn.allowed, self.draws))
 
 
-def play(env: Environment, goal: Goal, sample: int, seed: int, policy: ScriptedPolicy) -> Trajectory:
+def play(
+    env: Environment, goal: Goal, sample: int, seed: int, policy: ScriptedPolicy, rewards: Rewards = BUILT_IN
+) -> Trajectory:
     """One scored dialogue without streams, outside of any event loop; see ``run_dialogue``."""
-    trajectory = asyncio.run(run_dialogue(env, goal, policy, Limits(), sample=sample, seed=seed))
+    trajectory = asyncio.run(run_dialogue(env, goal, policy, Limits(), sample=sample, seed=seed, rewards=rewards))
     if trajectory.stop is StopReason.FAILED:
         logger.warning("sample %d failed: %s", sample, trajectory.cause)
     return trajectory

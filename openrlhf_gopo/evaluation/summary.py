@@ -1,4 +1,4 @@
-"""Means with 95% bootstrap intervals over goals, and paired differences between two policies.
+"""What a set of dialogues achieved: means with 95% bootstrap intervals over goals, pass^k, and slices.
 
 The unit is the goal: samples of one goal share its difficulty, so resampling dialogues would make intervals too narrow.
 Every goal counts the same, however many of its samples survived.
@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from openrlhf_gopo.errors import DataError
 from openrlhf_gopo.types import StopReason, Trajectory
 
 RESAMPLES = 2000
-MAX_SLICE_VALUES = 12  # a persona key with more values than this (a continuous one) gives no useful slices
+MAX_SLICE_VALUES = 12  # a persona key with more values than this gives no useful slices
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,9 @@ class Summary:
     """What a set of dialogues achieved; failed ones count in ``failures`` and nowhere else.
 
     ``metrics`` are in the units of ``Trajectory.rewards`` (``tse`` in [0, 100]). ``stops`` holds the share of each stop
-    reason among the ``dialogues`` that did not fail. ``by_goal`` maps metric to goal id to that goal's mean.
+    reason among the ``dialogues`` that did not fail. ``by_goal`` maps metric to goal id to that goal's mean,
+    ``intents`` the id of every goal to its intent. ``pass_2``, ``pass_4``, ... are pass^k over the goals with at least
+    that many samples; pass^1 is ``success``.
     """
 
     metrics: dict[str, Interval]
@@ -49,26 +50,23 @@ class Summary:
     dialogues: int
     failures: int
     by_goal: dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """``after`` minus ``before`` over the ``goals`` both contain; ``unpaired`` goals are in one of them only."""
-
-    metrics: dict[str, Interval]
-    goals: int
-    unpaired: int
+    intents: dict[str, str]
 
 
 def metric_values(trajectory: Trajectory) -> dict[str, float]:
     """The metrics of one dialogue: its rewards, and success, turns and engagement where no reward has that name.
 
-    ``engagement`` is the mean over turns of a_t in [0, 1]. NaN means "not measured here" and is left out.
+    ``engagement`` is the mean over turns of a_t in [0, 1]. ``invalid`` is the share of decisions that were left
+    to chance (``Turn.invalid``), absent where restricted decoding rules that out. NaN means "not measured here" and is
+    left out.
     """
     turns = trajectory.turns
     values = {"success": float(trajectory.success), "turns": float(len(turns))}
     if turns:
         values["engagement"] = sum(turn.engagement for turn in turns) / len(turns)
+    free = [turn.invalid for turn in turns if turn.invalid is not None]
+    if free:
+        values["invalid"] = sum(free) / len(free)
     values.update({name: float(value) for name, value in trajectory.rewards.items() if value is not None})
     return {name: value for name, value in values.items() if not math.isnan(value)}
 
@@ -90,75 +88,99 @@ def bootstrap(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0
     return Interval(mean, float(low), float(high), array.size)
 
 
-def summarise(trajectories: Iterable[Trajectory], resamples: int = RESAMPLES, seed: int = 0) -> Summary:
-    """Summarise scored dialogues. A metric that no dialogue carries is absent, not zero."""
+def summarise(
+    trajectories: Iterable[Trajectory],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    metrics: Collection[str] | None = None,
+) -> Summary:
+    """Summarise scored dialogues, in ``metrics`` only if given. What no dialogue carries is absent, not zero."""
     samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     stops: Counter[str] = Counter()
-    goals: set[str] = set()
+    intents: dict[str, str] = {}
     failures = 0
     for trajectory in trajectories:
         if trajectory.stop is StopReason.FAILED:
             failures += 1
             continue
         stops[trajectory.stop.value] += 1
-        goals.add(trajectory.goal.id)
+        intents[trajectory.goal.id] = trajectory.goal.intent
         for metric, value in metric_values(trajectory).items():
             samples[metric][trajectory.goal.id].append(value)
     by_goal = {
         metric: {goal: sum(values) / len(values) for goal, values in per_goal.items()}
         for metric, per_goal in samples.items()
     }
+    by_goal |= _passes(samples["success"])
+    if metrics is not None:
+        by_goal = {metric: means for metric, means in by_goal.items() if metric in metrics}
     dialogues = stops.total()
     return Summary(
         metrics={metric: bootstrap(list(means.values()), resamples, seed) for metric, means in by_goal.items()},
         stops={reason.value: stops[reason.value] / dialogues for reason in StopReason if stops[reason.value]},
-        goals=len(goals),
+        goals=len(intents),
         dialogues=dialogues,
         failures=failures,
         by_goal=by_goal,
+        intents=intents,
     )
 
 
-def paired_difference(before: Summary, after: Summary, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
-    """Per metric, the mean over shared goals of (after - before), with its interval over those goals.
+def _passes(successes: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """``pass_k`` of each goal, for k = 2, 4, 8, ... up to the most samples of a goal; 1.0 is a success."""
+    most = max(map(len, successes.values()), default=0)
+    return {
+        f"pass_{k}": {g: pass_power(v.count(1.0), len(v), k) for g, v in successes.items() if len(v) >= k}
+        for k in (2**power for power in range(1, most.bit_length()))
+    }
+
+
+def pass_power(successes: int, samples: int, k: int) -> float:
+    """tau-bench's pass^k (arXiv 2406.12045) of one goal: the chance that k dialogues about it all succeed.
+
+    C(c, k) / C(n, k) is its unbiased estimate from c successes among n samples: the share of the subsets of k samples
+    that hold successes only. Two successes among four: of the six pairs, one.
+
+    >>> pass_power(2, 4, k=1), round(pass_power(2, 4, k=2), 4), pass_power(2, 4, k=3)
+    (0.5, 0.1667, 0.0)
 
     Raises:
-        DataError: the two share no goal id, so that nothing can be paired.
+        ValueError: not 0 <= successes <= samples, or k is not in 1..samples, where there is no estimate.
     """
-    metrics = {}
-    for metric in (name for name in before.by_goal if name in after.by_goal):
-        old, new = before.by_goal[metric], after.by_goal[metric]
-        shared = [goal for goal in old if goal in new]
-        if shared:
-            metrics[metric] = bootstrap([new[goal] - old[goal] for goal in shared], resamples, seed)
-    first, second = _goal_ids(before), _goal_ids(after)
-    if not metrics:
-        raise DataError(
-            f"cannot pair {len(first)} goals with {len(second)}: they share no goal id; "
-            "evaluate both policies on the same goals (same environment, data and split)"
-        )
-    return Difference(metrics, goals=len(first & second), unpaired=len(first ^ second))
+    if not 0 <= successes <= samples or not 1 <= k <= samples:
+        raise ValueError(f"pass^{k} of {successes} successes in {samples} samples: k must be in 1..samples")
+    return math.comb(successes, k) / math.comb(samples, k)
 
 
 def slices(trajectories: Sequence[Trajectory]) -> dict[str, list[Trajectory]]:
-    """Group dialogues by task (``intent: ...``), user simulator (``user: ...``) where there is more than one, and each
-    persona trait (``key: value``), sorted by name.
+    """Group dialogues by task (``intent: ...``), user simulator (``user: ...``) where there is more than one, each
+    persona trait (``persona key: value``), all sorted by name, and length (``length: 5-8 turns``), shortest first.
 
-    Persona keys with more than ``MAX_SLICE_VALUES`` different values are left out.
+    Persona keys with fractions among their values, or more than ``MAX_SLICE_VALUES`` values, are left out. Length is
+    the number of turns that the dialogue took: unlike the others it is a result of the policy, so the dialogues of one
+    goal may fall into several of its slices, and those that failed, cut off anywhere, fall into none.
     """
     groups: dict[str, dict[str, list[Trajectory]]] = defaultdict(lambda: defaultdict(list))
+    lengths: dict[int, list[Trajectory]] = defaultdict(list)
+    continuous = set()
     for trajectory in trajectories:
         groups["intent"][f"intent: {trajectory.goal.intent}"].append(trajectory)
         if trajectory.user:
             groups["user"][f"user: {trajectory.user}"].append(trajectory)
         for key, value in trajectory.goal.persona.items():
             groups[f"persona {key}"][f"persona {key}: {value}"].append(trajectory)
+            if isinstance(value, float) and not value.is_integer():
+                continuous.add(f"persona {key}")
+        if trajectory.turns and trajectory.stop is not StopReason.FAILED:
+            lengths[(len(trajectory.turns) - 1).bit_length()].append(trajectory)
     if len(groups["user"]) == 1:
         del groups["user"]
-    kept = (group for key, group in groups.items() if key == "intent" or len(group) <= MAX_SLICE_VALUES)
-    return {name: members for group in kept for name, members in sorted(group.items())}
+    large = {key for key, group in groups.items() if key != "intent" and len(group) > MAX_SLICE_VALUES}
+    kept = (group for key, group in groups.items() if key not in large | continuous)
+    found = {name: members for group in kept for name, members in sorted(group.items())}
+    return found | {f"length: {_turns(power)}": members for power, members in sorted(lengths.items())}
 
 
-def _goal_ids(summary: Summary) -> set[str]:
-    per_metric: Iterable[Mapping[str, float]] = summary.by_goal.values()
-    return {goal for means in per_metric for goal in means}
+def _turns(power: int) -> str:
+    """The lengths from above 2^(power-1) to 2^power turns, in words."""
+    return ("1 turn", "2 turns")[power] if power < 2 else f"{2 ** (power - 1) + 1}-{2**power} turns"

@@ -1,6 +1,7 @@
 """Rewards and metrics: pure functions of a ``Trajectory``.
 
-The functions ``tse`` and ``joint`` are imported from their modules of the same name.
+The functions ``tse`` and ``joint`` are imported from their modules of the same name. What --gopo.reward adds is in
+``custom``.
 """
 
 from openrlhf_gopo.rewards.joint import METRICS, parse_weights, score

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.rewards.ndcg import esndcg
@@ -54,8 +54,8 @@ def joint(rewards: Mapping[str, float], weights: Mapping[str, float]) -> float:
     return total
 
 
-def parse_weights(text: str) -> dict[str, float]:
-    """Reward weights from ``name=weight,name=weight``.
+def parse_weights(text: str, known: Sequence[str] = METRICS) -> dict[str, float]:
+    """Reward weights from ``name=weight,name=weight``, of the metrics ``known``.
 
     >>> parse_weights("tse=1, gre=0.5")
     {'tse': 1.0, 'gre': 0.5}
@@ -66,8 +66,8 @@ def parse_weights(text: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = (part.strip() for part in item.partition("="))
-        if name not in METRICS:
-            raise ConfigError(f"reward weights {text!r}: unknown reward {name!r}; choose from {', '.join(METRICS)}")
+        if name not in known:
+            raise ConfigError(f"reward weights {text!r}: unknown reward {name!r}; choose from {', '.join(known)}")
         if name in weights:
             raise ConfigError(f"reward weights {text!r}: {name} is given twice")
         weights[name] = _finite(value) if equals else math.nan

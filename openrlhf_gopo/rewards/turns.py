@@ -1,18 +1,18 @@
 """The joint reward turn by turn: what each turn added to its trajectory's return. Ours, not the paper's.
 
-Every metric is a sum over turns, so nothing is invented here and nothing is lost:
+Every built-in metric is a sum over turns, so nothing is invented here and nothing is lost:
 
     TSE      the weight of the subgoals completed at t, times ((1 - kappa) + kappa E) of the whole dialogue
     ESNDCG   rel_t(z_t) / log2(t + 2), over the metric's denominator
     GRE      the reply's own score / T; its parts and SOP compliance likewise
-    turns    1          success  all of it at the last turn
+    turns    1          success, and the metrics of --gopo.reward: all of it at the last turn
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from openrlhf_gopo.rewards.joint import joint
+from openrlhf_gopo.rewards.joint import METRICS, joint
 from openrlhf_gopo.rewards.ndcg import gains
 from openrlhf_gopo.rewards.response import reply_scores
 from openrlhf_gopo.rewards.tse import KAPPA, focused_engagement
@@ -20,7 +20,9 @@ from openrlhf_gopo.types import Trajectory
 
 
 def turn_rewards(trajectory: Trajectory, weights: Mapping[str, float], kappa: float = KAPPA) -> list[float]:
-    """r_t of every turn, with sum_t r_t = ``joint(score(trajectory, kappa), weights)``.
+    """r_t of every turn, with sum_t r_t = ``joint(trajectory.rewards, weights)`` for rewards scored with ``kappa``.
+
+    Built-in metrics are computed anew, all others taken from ``trajectory.rewards``.
 
     Two subgoals worth 0.4 and 0.6, completed at turns 0 and 2 of three fully engaged turns on task, so E = 1:
 
@@ -34,6 +36,7 @@ def turn_rewards(trajectory: Trajectory, weights: Mapping[str, float], kappa: fl
     turns = trajectory.turns
     count, last = len(turns), len(turns) - 1
     focus = 1.0 - kappa + kappa * focused_engagement(trajectory)
+    further = {name: value for name, value in trajectory.rewards.items() if name not in METRICS}
     open_goals = dict(trajectory.goal.subgoals)
     earned = []
     for t, (turn, gain, reply) in enumerate(zip(turns, gains(trajectory), reply_scores(trajectory), strict=True)):
@@ -45,6 +48,7 @@ def turn_rewards(trajectory: Trajectory, weights: Mapping[str, float], kappa: fl
             "turns": 1.0,
             "sop": (turn.strategy in turn.allowed) / count,
         }
+        metrics |= {name: value if t == last else 0.0 for name, value in further.items()}
         earned.append(joint(metrics, weights))
     return earned
 

@@ -6,7 +6,7 @@ memory or a remote model (``evaluation``). The two halves of an agent may come f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,18 +26,23 @@ class Case:
     seed: int
 
 
+Advice = Callable[[Case, Sequence[Turn], Turn], str]
+"""What an expert reads before it decides (dialogue, past turns, the turn to decide); "" for nothing."""
+
+
 @dataclass(frozen=True)
 class Choice:
-    """A strategy of the allowed set, its log-probability (0 when forced), and, where known, those of the whole set.
+    """A strategy of the allowed set, its log-probability (0 when forced or unknown), and those of the whole set.
 
     ``probabilities``: strategy id -> probability over the allowed set, empty when unknown. ``plan``: what the
-    expert wrote before.
+    expert wrote before. ``invalid``: see ``Turn``.
     """
 
     strategy: str
     logprob: float = 0.0
     probabilities: Mapping[str, float] = field(default_factory=dict)
     plan: str = ""
+    invalid: bool | None = None
 
 
 @dataclass(frozen=True)

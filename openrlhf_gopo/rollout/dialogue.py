@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from openrlhf_gopo.envs.base import Environment
 from openrlhf_gopo.errors import DialogueError, StreamError
+from openrlhf_gopo.rewards.custom import Rewards
 from openrlhf_gopo.rewards.joint import score
 from openrlhf_gopo.rollout.agent import Agent, Case, Policy
 from openrlhf_gopo.types import Goal, Outcome, StopReason, Trajectory, Turn
@@ -22,6 +23,9 @@ T = TypeVar("T")
 
 # Environments that may block run here, one thread per waiting dialogue, so that no engine's event loop waits.
 _THREADS = ThreadPoolExecutor(max_workers=256, thread_name_prefix="gopo-env")
+
+
+BUILT_IN = Rewards()  # no reward beyond the built-in ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,14 @@ def dialogue_seed(seed: int, goal: Goal, sample: int) -> int:
 
 
 async def run_dialogue(
-    env: Environment, goal: Goal, policy: Policy, limits: Limits, *, sample: int = 0, seed: int = 0
+    env: Environment,
+    goal: Goal,
+    policy: Policy,
+    limits: Limits,
+    *,
+    sample: int = 0,
+    seed: int = 0,
+    rewards: Rewards = BUILT_IN,
 ) -> Trajectory:
     """Play ``goal`` to its end and score it. ``seed`` is the user simulator's.
 
@@ -52,7 +63,9 @@ async def run_dialogue(
     run = _Run(env, goal, policy, limits, sample, seed)
     try:
         await run.play()
-        run.trajectory.rewards = await run.call(lambda: score(run.trajectory))
+        scores = await run.call(lambda: score(run.trajectory))
+        with run._blame():
+            run.trajectory.rewards = scores | await rewards.score_further(run.trajectory)
     except (DialogueError, StreamError):
         run.trajectory.stop = StopReason.FAILED
         run.trajectory.error = traceback.format_exc()
@@ -80,6 +93,7 @@ class _Run:
                 self.trajectory.stop = StopReason.MAX_TOKENS
                 return
             turn.strategy, turn.expert_logprob, turn.plan = choice.strategy, choice.logprob, choice.plan
+            turn.invalid = choice.invalid
             turn.probabilities, turn.forced = choice.probabilities, len(turn.allowed) == 1
             turn.briefing = await self.call(partial(dialogue.briefing, turn.strategy))
             turn.expected = await self.call(partial(dialogue.expected, turn.strategy))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.policy import prompts
 from openrlhf_gopo.policy.two_level import StreamBuilder, TwoLevelPolicy
-from openrlhf_gopo.rollout.agent import Agent, Case, Choice, Reply
+from openrlhf_gopo.rollout.agent import Advice, Agent, Case, Choice, Reply
 from openrlhf_gopo.rollout.dialogue import Limits
 from openrlhf_gopo.rollout.engine import Generate, Sampling
 from openrlhf_gopo.types import Strategy, Turn
@@ -34,19 +34,21 @@ class TokenLimits(Limits):
 class SampledPolicy:
     """``policy`` says which tokens are asked; ``generate`` (by role) samples them.
 
+    ``advice``: what the expert reads first in a turn that it decides; it stays in its stream, as all that was asked.
     An engine's exception is not a dialogue's fault: it is no ``DialogueError`` and ends the rollout.
     """
 
     policy: TwoLevelPolicy
     generate: Mapping[str, Generate]
     limits: TokenLimits
+    advice: Advice | None = None
 
     def open(self, case: Case) -> Agent:
         """Fresh streams, opened by what the policy tells each role."""
         deciding, writing = self.policy.streams(case.goal, case.catalogue)
         builders = {EXPERT: deciding, RESPONDER: writing}
         return Agent(
-            _Expert(self, deciding, self.policy.label_ids(case.catalogue)),
+            _Expert(self, case, deciding, self.policy.label_ids(case.catalogue)),
             _Responder(self, writing, {s.id: s for s in case.catalogue}),
             {role: builders[role].stream for role in self.policy.roles},
         )
@@ -59,12 +61,16 @@ def _full(builder: StreamBuilder, asked: list[int], cap: int, limits: TokenLimit
 @dataclass(frozen=True)
 class _Expert:
     sampled: SampledPolicy
+    case: Case
     stream: StreamBuilder
     label_ids: Mapping[str, int]
 
     async def choose(self, past: Sequence[Turn], turn: Turn) -> Choice | None:
         policy, limits = self.sampled.policy, self.sampled.limits
-        asked = self.stream.message(policy.decision_text(past[-1].reply if past else None, turn.user))
+        text = policy.decision_text(past[-1].reply if past else None, turn.user)
+        if self.sampled.advice and len(turn.allowed) > 1:
+            text = "\n".join(filter(None, (self.sampled.advice(self.case, past, turn), text)))
+        asked = self.stream.message(text)
         if _full(self.stream, asked, 1 + policy.room_to_plan(), limits):
             return None
         self.stream.ask(asked)

@@ -13,6 +13,7 @@ from openrlhf.utils.agent import AgentExecutorBase
 from vllm import SamplingParams
 
 from openrlhf_gopo.config import EXPERT, RESPONDER
+from openrlhf_gopo.rewards.custom import load_rewards
 from openrlhf_gopo.rollout.dialogue import run_dialogue
 from openrlhf_gopo.rollout.engine import Generate, Generation, Sampling
 from openrlhf_gopo.rollout.sampled import SampledPolicy
@@ -35,13 +36,20 @@ class AgentExecutor(AgentExecutorBase):
     ) -> Trajectory:
         """One dialogue. A failed one is run again with the same seed, ``attempts`` times in all."""
         env, prompting = build_policy(label.spec)
+        rewards = load_rewards(label.rewards)
         responder = _local(llm_engine)
         expert = responder if label.expert_engine is None else remote(label.expert_engine)
         policy = SampledPolicy(prompting, {EXPERT: expert, RESPONDER: responder}, label.limits)
         sample = label.claim()
         for attempt in range(label.attempts):
             trajectory = await run_dialogue(
-                env, label.goal, policy, label.limits, sample=sample, seed=label.dialogue_seed(sample)
+                env,
+                label.goal,
+                policy,
+                label.limits,
+                sample=sample,
+                seed=label.dialogue_seed(sample),
+                rewards=rewards,
             )
             if trajectory.stop is not StopReason.FAILED or attempt == label.attempts - 1:
                 break

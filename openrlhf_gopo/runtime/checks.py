@@ -7,9 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from openrlhf_gopo.config import GopoConfig
-from openrlhf_gopo.envs import Environment
+from openrlhf_gopo.envs import Environment, load_environment
 from openrlhf_gopo.errors import ConfigError
+from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy
+from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rewards.joint import parse_weights
 from openrlhf_gopo.types import Goal
 
@@ -20,8 +22,12 @@ def check_flags(args: SimpleNamespace, config: GopoConfig) -> None:
     Raises:
         ConfigError: the first one found.
     """
-    parse_weights(config.expert_reward)
-    parse_weights(config.responder_reward)
+    metrics = load_rewards(RewardSpec.of(config)).metrics
+    for flag in ("expert_reward", "responder_reward"):
+        try:
+            parse_weights(getattr(config, flag), metrics)
+        except ConfigError as error:
+            raise ConfigError(f"--gopo.{flag}: {error}") from error
     _check_supported(args, config)
     _check_lora(args)
     _check_placement(args, config)
@@ -29,10 +35,11 @@ def check_flags(args: SimpleNamespace, config: GopoConfig) -> None:
 
 
 def check_dialogues(args: SimpleNamespace, config: GopoConfig, env: Environment, policy: TwoLevelPolicy) -> None:
-    """Data and token budgets: enough goals for a batch, and room for one turn in both streams of every goal.
+    """Data and token budgets: enough goals for a batch, and room for one turn in both streams of every goal. Rewards.
 
     Raises:
         ConfigError: too few goals, or --data.max_len cannot hold one turn.
+        DialogueError: a reward of --gopo.reward fails on a scripted dialogue.
     """
     train, heldout = env.goals("train"), env.goals("heldout")
     usable = min(len(train), args.data.max_samples)
@@ -43,6 +50,7 @@ def check_dialogues(args: SimpleNamespace, config: GopoConfig, env: Environment,
     if args.eval.steps > 0 and not heldout:
         raise ConfigError(f"--eval.steps {args.eval.steps}: {env.name} has no held-out goals; leave the flag out")
     check_budget(args, config, env, policy, (*train, *heldout))
+    _try_rewards(config, train[0])
 
 
 def gpus_needed(args: SimpleNamespace, config: GopoConfig) -> int:
@@ -91,6 +99,15 @@ def _check_first_turn(args, config, env, policy, goal) -> None:
                 f"--data.max_len {args.data.max_len}: the {role}'s first turn of goal {goal.id} needs {tokens} tokens "
                 f"(--gopo.reply_max_tokens {config.reply_max_tokens} included); raise --data.max_len"
             )
+
+
+def _try_rewards(config: GopoConfig, goal: Goal) -> None:
+    """Score one scripted dialogue with the rewards that send no requests, and with the environment's own user."""
+    local = [reward for reward in load_rewards(RewardSpec.of(config)).further if not reward.asks]
+    if local:
+        played = play(load_environment(config.env, config.data), goal, 0, 0, ScriptedPolicy())
+        for reward in local if played.turns else ():
+            reward(played)
 
 
 def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:

@@ -16,8 +16,10 @@ from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.errors import ConfigError, GopoError
 from openrlhf_gopo.evaluation.contenders import Contender, Half
 from openrlhf_gopo.evaluation.human import logged
+from openrlhf_gopo.evaluation.references import add_reference_scores
 from openrlhf_gopo.evaluation.run import Job, evaluate
 from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
+from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rollout.agent import Halves, Policy
 from openrlhf_gopo.rollout.sampled import SampledPolicy, TokenLimits
 from openrlhf_gopo.runtime.checks import check_budget
@@ -54,6 +56,7 @@ class Evaluation:
         self.goals = list(self.env.goals(split))[: config.eval_goals]
         if not self.goals:
             raise ConfigError(f"--split {split}: the environment {config.env} has no such goals")
+        self.rewards = load_rewards(RewardSpec.of(config))
         self.engines = Engines(args, max(len(contender.models) for contender in contenders))
 
     def run(self) -> tuple[dict[str, list[Trajectory]], dict[str, str]]:
@@ -99,8 +102,11 @@ class Evaluation:
             concurrency=self.args.concurrency,
             attempts=self.config.attempts,
             label=contender.name,
+            rewards=self.rewards,
         )
-        return asyncio.run(played)
+        trajectories = asyncio.run(played)
+        add_reference_scores(self.env, trajectories)
+        return trajectories
 
     def _policy(self, contender: Contender, limits: TokenLimits) -> Policy:
         expert, responder = contender.expert, contender.responder

@@ -19,6 +19,7 @@ from ray.util.placement_group import placement_group
 
 from openrlhf_gopo import platform
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
+from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rewards.joint import parse_weights
 from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.runtime import agent
@@ -40,8 +41,9 @@ def rollout_spec(args: SimpleNamespace, config: GopoConfig) -> RolloutSpec:
         user_timeout=config.user_timeout,
         responder_top_p=args.rollout.top_p,
     )
+    metrics = load_rewards(RewardSpec.of(config)).metrics
     rewards = {EXPERT: config.expert_reward, RESPONDER: config.responder_reward}
-    weights = {role: parse_weights(rewards[role]) for role in config.roles}
+    weights = {role: parse_weights(rewards[role], metrics) for role in config.roles}
     return RolloutSpec(policy_spec(args, config), limits, weights, config, args.train.seed)
 
 

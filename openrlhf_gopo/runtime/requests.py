@@ -11,6 +11,7 @@ from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.envs import Environment, load_environment
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
+from openrlhf_gopo.rewards.custom import RewardSpec
 from openrlhf_gopo.rollout.dialogue import dialogue_seed
 from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.types import Goal
@@ -43,6 +44,7 @@ class DialogueRequest:
     seed: int
     common_random_numbers: bool
     attempts: int
+    rewards: RewardSpec = field(default_factory=RewardSpec)
     expert_engine: Any = None
     _claimed: int = field(default=0, repr=False)
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.errors import DialogueError
 from openrlhf_gopo.evaluation.records import append_trajectory
+from openrlhf_gopo.rewards.custom import RewardSpec
 from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.runtime.requests import DialogueRequest, PolicySpec
 from openrlhf_gopo.runtime.samples import DialogueSample
@@ -109,6 +110,7 @@ class GOPOSamplesGenerator(SamplesGenerator):
                 seed=self._seed,
                 common_random_numbers=config.common_random_numbers,
                 attempts=config.attempts,
+                rewards=RewardSpec.of(config),
                 expert_engine=experts[turn % len(experts)] if experts else None,
             )
             engine = self.vllm_engines[turn % len(self.vllm_engines)]

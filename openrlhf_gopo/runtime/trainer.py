@@ -17,6 +17,7 @@ from tqdm import tqdm
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.envs import Environment
 from openrlhf_gopo.errors import ConfigError
+from openrlhf_gopo.evaluation.references import add_reference_scores
 from openrlhf_gopo.evaluation.summary import summarise
 from openrlhf_gopo.evaluation.transcript import as_text
 from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, GOPOExperienceMaker, ResponderExperienceMaker
@@ -84,7 +85,7 @@ class GOPOTrainer(BasePPOTrainer):
         responder = roles[RESPONDER]
         groups = (responder.actor, responder.critic, None, responder.reference, responder.engines)
         super().__init__(strategy, *groups, tokenizers[RESPONDER])
-        self.config, self.results = config, results
+        self.env, self.config, self.results = env, config, results
         self.learners = {name: Learner(role, config, num_labels, tokenizers[name]) for name, role in roles.items()}
         self.num_labels = num_labels
         for interval in (self.args.eval, self.args.ckpt):
@@ -202,6 +203,7 @@ class GOPOTrainer(BasePPOTrainer):
             temperature=self.args.eval.temperature,
             n_samples_per_prompt=self.args.eval.n_samples_per_prompt,
         )
+        add_reference_scores(self.env, played)
         (folder / f"step_{global_step:05d}.txt").write_text("\n\n".join(map(as_text, played[:EXAMPLES])) + "\n")
         summary = summarise(played)
         logs = {f"eval_{key}": interval.mean for key, interval in summary.metrics.items()}

@@ -12,16 +12,14 @@ the customer round moves their words, never the events or rewards.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import time
 
 from openrlhf_gopo.config import LlmConfig
-from openrlhf_gopo.errors import ConfigError, DialogueError
+from openrlhf_gopo.endpoint import Answer, Endpoint, request_seed
+from openrlhf_gopo.errors import DialogueError
 from openrlhf_gopo.rewards.text import mentions, values
 from openrlhf_gopo.users.base import MAX_UTTERANCE, Cue, UserSimulator
-from openrlhf_gopo.users.endpoint import Answer, Endpoint
 
 WORDINGS = 3
 SHARE_OF_TIMEOUT = 0.9  # of --gopo.user_timeout, for one utterance with all its requests and waits
@@ -46,15 +44,9 @@ class LlmUser(UserSimulator):
         """From ``llm:MODEL@URL``.
 
         Raises:
-            ConfigError: it is not of that form; see ``Endpoint`` for the URL.
+            ConfigError: it is not of that form; see ``Endpoint``.
         """
-        found = re.fullmatch(r"llm:(.+?)@(\w+://.+)", name)
-        if found is None:
-            raise ConfigError(
-                f"--gopo.user {name.partition('@')[0]}: write llm:MODEL@URL, as in "
-                "llm:Qwen/Qwen3-8B@http://localhost:8000/v1"
-            )
-        return cls(Endpoint(found[1], found[2], config), timeout)
+        return cls(Endpoint.from_name("--gopo.user", name, config), timeout)
 
     def say(self, cue: Cue) -> str:
         """See the module.
@@ -65,8 +57,7 @@ class LlmUser(UserSimulator):
         until = time.monotonic() + SHARE_OF_TIMEOUT * self.timeout
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": request(cue)}]
         for wording in range(WORDINGS):
-            digest = hashlib.sha256(f"{cue.key}/{wording}".encode()).digest()
-            answer = self.endpoint.chat(messages, int.from_bytes(digest[:4], "big") >> 1, until)
+            answer = self.endpoint.chat(messages, request_seed(f"{cue.key}/{wording}"), until)
             said = " ".join(answer.text.split())
             fault = _fault(cue, said, answer)
             if fault is None:

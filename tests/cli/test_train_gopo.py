@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("openrlhf")
 
 from openrlhf_gopo.cli import train_gopo
-from openrlhf_gopo.config import GopoConfig, LlmConfig, PreferenceConfig, default, flags
+from openrlhf_gopo.config import GopoConfig, JudgeConfig, LlmConfig, PreferenceConfig, default, flags
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
 from openrlhf_gopo.runtime import checks, dry_run
@@ -21,6 +21,7 @@ from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
 
 hide_what_cuda_builds_break()
 
+CONFIGS = {GopoConfig: "gopo", PreferenceConfig: "gopo.pref", LlmConfig: "gopo.llm", JudgeConfig: "gopo.judge"}
 ROOT = Path(__file__).parents[2]
 SMALL = {
     "--gopo.env": "shop",
@@ -88,7 +89,7 @@ def test_help_shows_the_groups_and_our_flags_with_their_defaults(capsys) -> None
     text = " ".join(capsys.readouterr().out.split())
     for name, what in train_gopo.SECTIONS.items():
         assert f" {name}.*: {what} " in text
-    for cls, prefix in ((GopoConfig, "gopo"), (PreferenceConfig, "gopo.pref"), (LlmConfig, "gopo.llm")):
+    for cls, prefix in CONFIGS.items():
         for f in flags(cls):
             assert f"--{prefix}.{f.name}" in text
             assert f.metadata["help"] in text
@@ -115,8 +116,7 @@ def test_no_flag_of_upstream_is_missing() -> None:
 
 def test_the_readme_lists_every_flag_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `--(gopo\.\S+)` \| ([^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE))
-    configs = ((GopoConfig, "gopo"), (PreferenceConfig, "gopo.pref"), (LlmConfig, "gopo.llm"))
-    known = {f"{prefix}.{f.name}": f for cls, prefix in configs for f in flags(cls)}
+    known = {f"{prefix}.{f.name}": f for cls, prefix in CONFIGS.items() for f in flags(cls)}
     assert rows.keys() == known.keys()
     for name, f in known.items():
         expected = "" if default(f) is None or default(f) is False else f"`{default(f)}`"
@@ -335,7 +335,7 @@ def test_an_upstream_multi_turn_script_needs_only_the_environment(tokenizer, tmp
 
 @pytest.mark.parametrize(
     "given",
-    ["--reward.model_name_or_path my/reward", "--reward.remote_url http://host/rm --eval.dataset my/eval"],
+    ["--reward.model_name_or_path my/reward", "--reward.remote_url my_reward.py --eval.dataset my/eval"],
 )
 def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsys) -> None:
     args, _ = train_gopo.parse(command(*given.split(), algo__advantage__estimator="gae"))
@@ -344,6 +344,40 @@ def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsy
     assert args.eval.dataset is None
     said = capsys.readouterr().err
     assert [line.endswith(": replaced by --gopo.env shop") for line in said.splitlines()] == [True] * given.count("--")
+
+
+def test_the_url_of_a_remote_reward_becomes_a_reward(capsys) -> None:
+    given = ["--reward.remote_url", "http://a:1/get_reward,http://b:2/get_reward"]
+    args, config = train_gopo.parse(command(*given, "--gopo.responder_reward", "gre=1,remote=0.5"))
+    assert config.reward == "remote:http://a:1/get_reward,remote:http://b:2/get_reward"
+    assert args.reward.remote_url == ["agent"]
+    assert capsys.readouterr().err == ""
+    _, config = train_gopo.parse(command(*given[:1], "https://a/rm", "--gopo.reward", "my.py:polite"))
+    assert config.reward == "my.py:polite,remote:https://a/rm"
+    assert "measured and logged as the metric remote, but nobody's reward" in capsys.readouterr().err
+
+
+POLITE = """
+def polite(trajectory):
+    return sum("please" in turn.reply for turn in trajectory.turns) / len(trajectory.turns)
+
+def broken(trajectory):
+    return trajectory.turns[0].tone
+"""
+
+
+def test_a_reward_of_ones_own_passes_the_dry_run(tokenizer, tmp_path, capsys) -> None:
+    (tmp_path / "tone.py").write_text(POLITE)
+    given = f"--gopo.reward {tmp_path}/tone.py:polite --gopo.expert_reward tse=1,polite=0.5 --gopo.dry_run"
+    train_gopo.main(command(*given.split(), actor__model_name_or_path=tokenizer))
+    assert "everything checked" in capsys.readouterr().out
+
+
+def test_a_reward_that_fails_is_found_before_anything_starts(tokenizer, tmp_path, capsys) -> None:
+    (tmp_path / "tone.py").write_text(POLITE)
+    given = ["--gopo.reward", f"{tmp_path}/tone.py:broken"]
+    said = refused(command(*given, actor__model_name_or_path=tokenizer), capsys)
+    assert said.startswith(f"--gopo.reward {tmp_path}/tone.py:broken: AttributeError: 'Turn' object has no")
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -482,8 +516,29 @@ def test_rewards_and_evaluation_data_of_upstream_are_replaced_aloud(given, capsy
         ("--train.colocate_all", r"--vllm\.gpu_memory_utilization 0\.95: .* two engines .* ask for 1\.90 of it; lower"),
         ("--vllm.num_engines 0", r"--vllm\.num_engines 0: dialogues need vLLM; give 1 or more"),
         # values
-        ("--gopo.expert_reward tse=1,fame=2", r"reward weights 'tse=1,fame=2': unknown reward 'fame'; choose from tse"),
-        ("--gopo.responder_reward gre", r"reward weights 'gre': gre needs a finite number, as in gre=0\.5"),
+        (
+            "--gopo.expert_reward tse=1,fame=2",
+            r"--gopo\.expert_reward: reward weights 'tse=1,fame=2': unknown reward 'fame'; choose from tse",
+        ),
+        ("--gopo.reward fame", r"--gopo\.reward fame: no such reward; choose one of judge:MODEL@URL, remote:URL, or "),
+        ("--gopo.reward no.py:f", r"--gopo\.reward no\.py:f: no such file"),
+        ("--gopo.reward judge:m", r"--gopo\.reward judge:m: write judge:MODEL@URL"),
+        ("--gopo.reward judge:m@http://u:pw@h/v1", r"--gopo\.reward judge:m@URL: the URL has a user"),
+        ("--gopo.reward remote:h:1", r"--gopo\.reward remote:h:1: not a URL"),
+        ("--gopo.reward_timeout 0", r"--gopo\.reward_timeout 0\.0: give a positive number of seconds"),
+        ("--gopo.expert_reward judge=1", r"--gopo\.expert_reward: .*unknown reward 'judge'; choose from tse"),
+        (
+            "--gopo.reward judge:m@http://h/v1 --gopo.reward_timeout 20",
+            r"--gopo\.judge\.timeout 25\.0: give less than --gopo\.reward_timeout 20",
+        ),
+        (
+            "--gopo.reward judge:m@http://h/v1 --gopo.judge.rubric no.txt",
+            r"--gopo\.judge\.rubric no\.txt: cannot be read as UTF-8 text",
+        ),
+        (
+            "--gopo.responder_reward gre",
+            r"--gopo\.responder_reward: reward weights 'gre': gre needs a finite number, as in gre=0\.5",
+        ),
         ("--gopo.pref.beta 0", r"--gopo\.pref\.beta 0\.0: give a positive number"),
         ("--gopo.pref.label_smoothing 0.5", r"--gopo\.pref\.label_smoothing 0\.5: use \[0, 0\.5\)"),
         ("--gopo.attempts 0", r"--gopo\.attempts 0: give 1 or more"),

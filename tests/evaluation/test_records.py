@@ -33,6 +33,7 @@ turns = st.builds(
     briefing=text,
     expected=texts,
     relevance=st.dictionaries(text, st.integers(0, 3), max_size=3),
+    probabilities=st.dictionaries(text, st.floats(0, 1), max_size=3),
     events=texts,
     completed=texts,
     engagement=numbers,
@@ -40,6 +41,7 @@ turns = st.builds(
     expert_logprob=numbers,
     forced=st.booleans(),
     reply_cut=st.booleans(),
+    invalid=st.none() | st.booleans(),
 )
 streams = st.builds(
     Stream,
@@ -124,6 +126,7 @@ def broken(path, value):
         (["turns", 0, "expected"], "x", r"t.jsonl:2:turns\[0\].expected: expected a list, got 'x'"),
         (["turns", 0, "compelted"], [], r"t.jsonl:2:turns\[0\].compelted: unknown field of a turn"),
         (["turns", 0, "allowed"], ["a", 1], r"t.jsonl:2:turns\[0\].allowed\[1\]: expected a string, got 1"),
+        (["turns", 0, "probabilities"], {"a": "1"}, r"t.jsonl:2:turns\[0\].probabilities\['a'\]: expected a number"),
         (["turns", 0, "on_task"], 1, r"t.jsonl:2:turns\[0\].on_task: expected true or false, got 1"),
         (["streams", "expert", "spans"], [[0]], r"t.jsonl:2:streams\['expert'\].spans\[0\]: expected \[start, end\]"),
         (["rewards", "tse"], "50", r"t.jsonl:2:rewards\['tse'\]: expected a number"),
@@ -161,6 +164,41 @@ def test_a_line_torn_by_a_killed_writer_does_not_take_the_next_record_with_it(tm
     first, _torn, third = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + third)
     assert len(read_trajectories(path)) == 2
+
+
+@pytest.mark.parametrize("cut", [1, 40, -2])
+def test_an_unfinished_last_line_is_left_out_on_request_and_named(tmp_path, caplog, cut):
+    path = tmp_path / "t.jsonl"
+    append_trajectory(path, example())
+    append_trajectory(path, example())
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: len(whole) // 2][:cut])  # as a kill leaves it
+    assert len(read_trajectories(path, torn="skip")) == 2
+    (warning,) = caplog.messages
+    assert f"{path}:3: the writer was killed within this last line; it is left out, the 2 dialogues" in warning
+    with pytest.raises(DataError, match=r"t.jsonl:3: not JSON"):
+        read_trajectories(path)
+
+
+def test_only_an_unfinished_last_line_is_left_out(tmp_path, caplog):
+    path = tmp_path / "t.jsonl"
+    append_trajectory(path, example())
+    good = path.read_bytes()
+    path.write_bytes(good + good[:40] + b"\n")  # a newline: no kill within this line
+    with pytest.raises(DataError, match=r"t.jsonl:2: not JSON"):
+        read_trajectories(path, torn="skip")
+    path.write_bytes(good + b'{"sample": 1}')  # JSON, but no trajectory
+    with pytest.raises(DataError, match=r"t.jsonl:2:goal: missing"):
+        read_trajectories(path, torn="skip")
+    path.write_bytes(good + good.rstrip())  # whole, only its newline is missing
+    assert len(read_trajectories(path, torn="skip")) == 2
+    assert not caplog.messages
+
+
+def test_streams_can_be_left_out(tmp_path):
+    append_trajectory(tmp_path / "t.jsonl", example())
+    (read,) = read_trajectories(tmp_path / "t.jsonl", streams=False)
+    assert (read.streams, read.turns) == ({}, example().turns)
 
 
 def test_writers_that_share_a_file_do_not_mix_their_lines(tmp_path):

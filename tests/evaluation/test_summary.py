@@ -1,11 +1,11 @@
+import itertools
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openrlhf_gopo.errors import DataError
-from openrlhf_gopo.evaluation.summary import bootstrap, metric_values, paired_difference, slices, summarise
+from openrlhf_gopo.evaluation.summary import bootstrap, metric_values, pass_power, slices, summarise
 from openrlhf_gopo.types import Goal, StopReason, Trajectory, Turn
 
 
@@ -109,33 +109,84 @@ def test_no_dialogues_give_an_empty_summary():
     assert (summary.metrics, summary.stops, summary.dialogues) == ({}, {}, 0)
 
 
-def test_a_constant_gain_has_a_degenerate_paired_interval():
-    before = summarise([dialogue("a", 10), dialogue("b", 50), dialogue("c", 90), dialogue("only before", 0)])
-    after = summarise([dialogue("c", 95), dialogue("b", 55), dialogue("a", 15)])  # the order must not matter
-    difference = paired_difference(before, after)
-    tse = difference.metrics["tse"]
-    assert (tse.mean, tse.low, tse.high, tse.goals) == (5.0, 5.0, 5.0, 3)
-    assert tse.excludes_zero
-    assert (difference.goals, difference.unpaired) == (3, 1)
-
-
-def test_the_difference_is_after_minus_before_and_keeps_its_noise():
-    before = summarise([dialogue("a", 0), dialogue("b", 0)])
-    after = summarise([dialogue("a", 10), dialogue("b", -30)])
-    tse = paired_difference(before, after).metrics["tse"]
-    assert (tse.mean, tse.low, tse.high) == (-10.0, -30.0, 10.0)
-    assert not tse.excludes_zero
-
-
-def test_policies_without_a_common_goal_cannot_be_paired():
-    with pytest.raises(DataError, match="no goal id"):
-        paired_difference(summarise([dialogue("a", 1)]), summarise([dialogue("b", 1)]))
-
-
 def test_slices_by_task_and_persona_leave_out_continuous_traits():
     trajectories = [
-        dialogue(str(i), 0, intent="return" if i < 15 else "cancel", persona={"tone": "terse", "patience": i / 7})
+        dialogue(
+            str(i),
+            0,
+            intent="return" if i < 15 else "cancel",
+            persona={"tone": "terse", "order": i, "trust": i % 3 / 2, "patience": i % 2},
+        )
         for i in range(20)
     ]
     found = {name: len(members) for name, members in slices(trajectories).items()}
-    assert found == {"intent: cancel": 5, "intent: return": 15, "persona tone: terse": 20}
+    assert found == {
+        "intent: cancel": 5,
+        "intent: return": 15,
+        "persona patience: 0": 10,
+        "persona patience: 1": 10,
+    } | {"persona tone: terse": 20}
+
+
+def test_slices_by_length_go_by_the_turns_taken_in_doubling_steps():
+    lengths = [1, 2, 3, 4, 5, 8, 9, 16, 17]
+    played = [dialogue("g", 0, turns=[turn(0.5)] * n) for n in lengths]
+    failed = dialogue("g", 0, StopReason.FAILED, turns=[turn(0.5)] * 3)
+    found = {name: len(members) for name, members in slices([*played, failed]).items() if name.startswith("length")}
+    assert list(found.items()) == [
+        ("length: 1 turn", 1),
+        ("length: 2 turns", 1),
+        ("length: 3-4 turns", 2),
+        ("length: 5-8 turns", 2),
+        ("length: 9-16 turns", 2),
+        ("length: 17-32 turns", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("successes", "samples", "k", "expected"),
+    [
+        (2, 4, 1, 1 / 2),
+        (2, 4, 2, 1 / 6),
+        (2, 4, 3, 0),
+        (3, 4, 2, 3 / 6),
+        (4, 4, 4, 1),
+        (0, 1, 1, 0),
+        (6, 8, 4, 15 / 70),
+    ],
+)
+def test_pass_k_by_hand(successes, samples, k, expected):
+    assert pass_power(successes, samples, k) == pytest.approx(expected, abs=1e-15)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())
+def test_pass_k_is_the_share_of_subsets_that_all_succeed(outcomes, data):
+    k = data.draw(st.integers(1, len(outcomes)))
+    subsets = list(itertools.combinations(outcomes, k))
+    expected = sum(all(subset) for subset in subsets) / len(subsets)
+    assert pass_power(sum(outcomes), len(outcomes), k) == pytest.approx(expected)
+
+
+def test_pass_k_is_unbiased():
+    # Success with p = 0.3, five samples: the mean estimate of pass^3 over all outcomes must be 0.3^3.
+    mean = sum(math.comb(5, c) * 0.3**c * 0.7 ** (5 - c) * pass_power(c, 5, 3) for c in range(6))
+    assert mean == pytest.approx(0.3**3)
+
+
+@pytest.mark.parametrize(("successes", "samples", "k"), [(1, 2, 3), (1, 2, 0), (3, 2, 1), (-1, 2, 1)])
+def test_pass_k_refuses_what_has_no_estimate(successes, samples, k):
+    with pytest.raises(ValueError, match=rf"pass\^{k} of {successes} successes in {samples} samples"):
+        pass_power(successes, samples, k)
+
+
+def test_a_summary_has_pass_k_over_the_goals_with_enough_samples():
+    solved, not_solved = [turn(1.0, ("solve",))], [turn(1.0)]
+    outcomes = {"a": (True, True, True, False), "b": (True, True), "c": (True,)}
+    played = [dialogue(g, 0, turns=solved if won else not_solved) for g, all_ in outcomes.items() for won in all_]
+    summary = summarise([*played, dialogue("c", 0, StopReason.FAILED)])
+    # pass^2: a has 3 of 6 pairs, b its only one; c has a single sample. pass^4: a only.
+    assert summary.by_goal["pass_2"] == {"a": 0.5, "b": 1.0}
+    assert summary.metrics["pass_2"].mean == 0.75
+    assert summary.metrics["pass_4"].mean == 0.0
+    assert "pass_8" not in summary.metrics
+    assert summary.metrics["success"].mean == pytest.approx((0.75 + 1 + 1) / 3)

@@ -1,19 +1,21 @@
 """Rewards against numbers worked out by hand, and the properties that training relies on."""
 
 import doctest
+import importlib
 import math
+import pkgutil
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openrlhf_gopo import rewards
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.errors import ConfigError, DialogueError
 from openrlhf_gopo.evaluation.scripted import demonstrations
-from openrlhf_gopo.rewards import joint as joint_module
-from openrlhf_gopo.rewards import ndcg, response, text, turns
-from openrlhf_gopo.rewards import tse as tse_module
+from openrlhf_gopo.rewards import ndcg, text
 from openrlhf_gopo.rewards.joint import METRICS, joint, parse_weights, score
 from openrlhf_gopo.rewards.ndcg import esndcg
 from openrlhf_gopo.rewards.response import no_repetition, response_scores
@@ -34,10 +36,14 @@ def turn(reply="ok then", user="hi", **fields) -> Turn:
     return Turn(user, reply=reply, **fields)
 
 
-@pytest.mark.parametrize("module", [tse_module, ndcg, response, joint_module, text, turns])
-def test_the_worked_examples_of_the_docstrings_hold(module):
-    outcome = doctest.testmod(module)
-    assert outcome.attempted > 0
+MODULES = [module.name for module in pkgutil.iter_modules(rewards.__path__)]
+WITHOUT_EXAMPLES = {"custom"}  # files, entry points, threads: tests/rewards/test_custom.py
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_worked_examples_of_the_docstrings_hold(name):
+    outcome = doctest.testmod(importlib.import_module(f"openrlhf_gopo.rewards.{name}"))
+    assert (outcome.attempted > 0) == (name not in WITHOUT_EXAMPLES)
     assert outcome.failed == 0
 
 
@@ -245,9 +251,9 @@ def test_a_dialogue_without_turns_scores_zero_everywhere():
 
 
 def test_joint_scales_tse_to_one():
-    rewards = {"tse": 80.0, "gre": 0.5, "turns": 6.0}
-    assert joint(rewards, {"tse": 1.0, "gre": 0.5, "turns": -0.01}) == pytest.approx(0.8 + 0.25 - 0.06)
-    assert joint(rewards, {}) == 0.0
+    scores = {"tse": 80.0, "gre": 0.5, "turns": 6.0}
+    assert joint(scores, {"tse": 1.0, "gre": 0.5, "turns": -0.01}) == pytest.approx(0.8 + 0.25 - 0.06)
+    assert joint(scores, {}) == 0.0
 
 
 def test_joint_rejects_an_unknown_weight():
@@ -329,6 +335,27 @@ def test_tse_does_not_depend_on_the_order_of_turns(found, rng):
     before = tse(found)
     rng.shuffle(found.turns)
     assert tse(found) == pytest.approx(before)
+
+
+@given(dialogues(), st.permutations("abcdefgh"), unit)
+def test_no_metric_depends_on_what_ids_are_called(found, names, kappa):
+    """Strategies, subgoals and the goal under other names, consistently; the seed and sample too."""
+    other = dict(zip((*"ab", *GOAL.subgoals, "g1"), names, strict=False))
+    goal = replace(GOAL, id=other["g1"], subgoals={other[s]: weight for s, weight in GOAL.subgoals.items()})
+    renamed = [
+        replace(
+            one,
+            strategy=other[one.strategy],
+            allowed=tuple(other[s] for s in one.allowed),
+            relevance={other[s]: grade for s, grade in one.relevance.items()},
+            completed=tuple(other[s] for s in one.completed),
+        )
+        for one in found.turns
+    ]
+    again = Trajectory(goal, 7, 99, renamed, StopReason.CLOSED)
+    assert score(again, kappa) == score(found, kappa)
+    weights = dict.fromkeys(METRICS, 1.0)
+    assert turn_rewards(again, weights, kappa) == turn_rewards(found, weights, kappa)
 
 
 def test_the_best_choices_score_one_exactly():

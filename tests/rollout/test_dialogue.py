@@ -302,6 +302,37 @@ def test_no_room_for_a_plan_and_its_label(tokenizer):
     assert (short.stop, short.turns, short.streams[EXPERT].tokens) == (StopReason.MAX_TOKENS, [], [])
 
 
+def test_advice_is_asked_before_each_decision_and_stays_in_the_stream(policy):
+    engine, asked = Engine(policy), []
+
+    def advice(case, past, turn):
+        asked.append((case.goal, len(past), turn.user, turn.allowed))
+        return "" if len(past) == 2 else f"Advice {len(past)}"
+
+    sampled = SampledPolicy(policy, engine.generators(), LIMITS, advice)
+    trajectory = asyncio.run(run_dialogue(ScriptedEnvironment(script=SCRIPT[:3]), GOAL, sampled, LIMITS))
+    assert asked == [(GOAL, 0, "user 0", ALL), (GOAL, 2, "user 2", ("ask", "bye"))]  # turn 1 is forced
+    stream = trajectory.streams[EXPERT]
+    assert "user\nAdvice 0\nCustomer: user 0<|im_end|>" in text(policy, stream.tokens)
+    assert "user\nAgent: re:2\nCustomer: user 1<|im_end|>" in text(policy, stream.tokens)
+    assert "user\nAgent: re:3\nCustomer: user 2<|im_end|>" in text(policy, stream.tokens)
+    assert [tokens for role, tokens, _ in engine.calls if role == EXPERT] == [
+        stream.tokens[:start] for start, _ in stream.spans
+    ]
+
+
+def test_advice_needs_room_as_all_that_is_asked(policy):
+    def play_with(characters, max_len):
+        limits = replace(LIMITS, max_len=max_len, max_turns=1)
+        sampled = SampledPolicy(policy, Engine(policy).generators(), limits, lambda *_: "x" * characters)
+        return asyncio.run(run_dialogue(ScriptedEnvironment(), GOAL, sampled, limits))
+
+    whole = len(play_with(10, 2000).streams[EXPERT].tokens)
+    assert play_with(10, whole).stop is StopReason.MAX_TURNS
+    over = play_with(11, whole)
+    assert (over.stop, over.turns) == (StopReason.MAX_TOKENS, [])
+
+
 # ------------------------------------------------------------------------------------------------------- the limits
 
 

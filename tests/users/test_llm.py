@@ -23,7 +23,9 @@ from openrlhf_gopo.users import UserSpec
 from openrlhf_gopo.users.base import MAX_UTTERANCE, Cue
 from openrlhf_gopo.users.llm import LlmUser
 
-from .conftest import ROOT, Engine, Reply, asked, completion
+from ..conftest import ROOT
+from ..engine import Engine
+from ..http_server import Reply, asked, completion
 
 KEY = "sk-test-0123456789abcdef"
 LIMITS = TokenLimits(max_len=4000, max_turns=6, reply_max_tokens=16, user_timeout=10.0)

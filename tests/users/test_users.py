@@ -21,7 +21,8 @@ from openrlhf_gopo.types import Goal, StopReason
 from openrlhf_gopo.users import UserSpec, parse_mixture
 from openrlhf_gopo.users.base import MAX_UTTERANCE, AsDrafted, Cue, Share, Users, UserSimulator, Voice
 
-from .conftest import ROOT, Engine
+from ..conftest import ROOT
+from ..engine import Engine
 
 STAR = str(ROOT / "tests" / "envs" / "star_fixture")
 LIMITS = TokenLimits(max_len=4000, max_turns=6, reply_max_tokens=16, user_timeout=10.0)

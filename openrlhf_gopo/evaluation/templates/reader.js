@@ -1,199 +1,168 @@
-"use strict";
-// Every text of a dialogue reaches the page through textContent: it can never become markup.
-const DATA = JSON.parse(document.getElementById("data").textContent);
+// Filters, the list of dialogues found, and one or two of them side by side. The address keeps the state.
 const PAGE = 100; // list entries per "show more"
-const MANY = 14; // longer allowed sets are folded
 const byId = (id) => document.getElementById(id);
-const controls = Object.fromEntries(["phase", "intent", "stop", "query", "compare"].map((id) => [id, byId(id)]));
+const controls = Object.fromEntries(
+  ["policy", "beside", "intent", "stop", "strategy", "sort", "query"].map((id) => [id, byId(id)]));
 let found = [];
 let listed = 0;
 let current = null;
+let latest = 0; // number of the newest search: an older one that ends later is dropped
 
-function make(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) highlight(node, String(text));
-  return node;
+const SORTS = {
+  "as evaluated": null,
+  "TSE, lowest first": (entry) => entry.tse ?? Infinity,
+  "TSE, highest first": (entry) => -(entry.tse ?? -Infinity),
+  "furthest behind the one beside": (entry) => gap(entry),
+  "furthest ahead of the one beside": (entry) => -gap(entry),
+};
+
+// TSE of an entry minus that of the dialogue beside it; 0 where there is none to compare.
+function gap(entry) {
+  const other = controls.beside.value === "" ? null : counterpart(entry, Number(controls.beside.value));
+  return other && entry.tse !== null && other.tse !== null ? entry.tse - other.tse : 0;
 }
 
-// Set the text of a node, with the search term marked.
-function highlight(node, text) {
-  const term = controls.query.value.trim().toLowerCase();
-  const lower = text.toLowerCase();
-  // lower-casing can change the length of a text; then positions mean nothing
-  if (!term || lower.length !== text.length) { node.textContent = text; return; }
-  let from = 0;
-  for (let at = lower.indexOf(term); at >= 0; at = lower.indexOf(term, from)) {
-    const mark = document.createElement("mark");
-    mark.textContent = text.slice(at, at + term.length);
-    node.append(text.slice(from, at), mark);
-    from = at + term.length;
-  }
-  node.append(text.slice(from));
-}
-
-const number = (value, digits) => (typeof value === "number" ? String(Number(value.toFixed(digits))) : "n/a");
-
-// Pairs of label and value on one wrapping line; a value may carry a class.
-function pairs(entries) {
-  const list = make("ul", "pairs");
-  for (const [label, value, className] of entries) {
-    const item = make("li", className);
-    item.append(make("b", "", label), " ", make("span", "", value));
-    list.append(item);
-  }
-  return list;
-}
-
-function says(who, text, tag) {
-  const bubble = make("div", "says " + who);
-  const body = make("span", "", text);
-  body.dir = "auto"; // right-to-left text stays inside its own bubble
-  bubble.append(make("span", "who", tag), body);
-  return bubble;
-}
-
-function choice(turn) {
-  const chips = make("div", "chips");
-  const others = turn.allowed.filter((id) => id !== turn.strategy);
-  const chip = (id, chosen) => {
-    const node = make("span", chosen ? "chip chosen" : "chip", id);
-    if (Object.hasOwn(turn.relevance, id)) {
-      const grade = make("sup", "", turn.relevance[id]);
-      node.append(grade);
-      node.title = "relevance " + turn.relevance[id] + " of 3";
-    }
-    return node;
-  };
-  chips.append(chip(turn.strategy, true));
-  const logprob = turn.expert_logprob;
-  const odds = typeof logprob === "number" ? number(logprob, 3) + " (p " + number(Math.exp(logprob), 3) + ")" : "n/a";
-  chips.append(make("span", "fact", turn.forced ? "forced: the only allowed strategy"
-    : "log p " + odds + " of " + turn.allowed.length + " allowed:"));
-  if (others.length <= MANY) {
-    chips.append(...others.map((id) => chip(id, false)));
-    return chips;
-  }
-  const fold = make("details");
-  const rest = make("div", "chips");
-  rest.append(...others.map((id) => chip(id, false)));
-  fold.append(make("summary", "", others.length + " other allowed strategies"), rest);
-  const both = make("div");
-  both.append(chips, fold);
-  return both;
-}
-
-function turnView(turn, index) {
-  const view = make("div", "turn");
-  view.append(make("div", "number", "Turn " + (index + 1)), says("user", turn.user, "User"));
-  if (turn.plan) view.append(make("div", "briefing", "Plan: " + turn.plan));
-  view.append(choice(turn));
-  if (turn.briefing) view.append(make("div", "briefing", "Briefing: " + turn.briefing));
-  view.append(says("reply", turn.reply, turn.reply_cut ? "Reply, cut at its token limit" : "Reply"));
-  const facts = [["engagement", number(turn.engagement, 2)]];
-  facts.push(["on task", turn.on_task ? "yes" : "no", turn.on_task ? "" : "open"]);
-  if (turn.completed.length) facts.unshift(["completed", turn.completed.join(", "), "done"]);
-  if (turn.events.length) facts.push(["events", turn.events.join(", ")]);
-  if (turn.expected.length) facts.push(["a faithful reply contains", turn.expected.join(" | ")]);
-  view.append(pairs(facts));
-  return view;
-}
-
-function dialogueView(dialogue) {
-  const goal = dialogue.goal;
-  const view = make("article");
-  view.append(make("h3", "", DATA.phases[dialogue.phase] + ", sample " + dialogue.sample));
-  const state = make("div");
-  state.append(make("span", "badge " + dialogue.stop, dialogue.stop));
-  state.append(make("span", "note", goal.intent + ", goal " + goal.id + ", seed " + dialogue.seed));
-  view.append(state);
-  if (dialogue.error) view.append(make("p", "error", dialogue.error));
-  view.append(pairs(Object.entries(dialogue.rewards).map(([name, value]) => [name, number(value, 3)])));
-  const about = make("details");
-  about.open = true;
-  about.append(make("summary", "", "Goal"), make("div", "", goal.context));
-  about.append(pairs(Object.entries(goal.subgoals).map(([name, weight]) => {
-    const done = dialogue.done.includes(name);
-    return [(done ? "\u2713 " : "\u2717 ") + name, number(weight, 3), done ? "done" : "open"];
-  })));
-  const known = [...Object.entries(goal.facts), ...Object.entries(goal.persona).map(([k, v]) => ["persona " + k, v])];
-  about.append(pairs(known.map(([name, value]) => [name, typeof value === "object" ? JSON.stringify(value) : value])));
-  view.append(about, ...dialogue.turns.map(turnView));
-  return view;
-}
-
-// The dialogue of each other phase about the same goal: the same sample, or the first there is.
-function counterparts(dialogue) {
-  return DATA.phases.flatMap((_, phase) => {
-    if (phase === dialogue.phase) return [dialogue];
-    const same = DATA.dialogues.filter((other) => other.phase === phase && other.goal.id === dialogue.goal.id);
-    return same.length ? [same.find((other) => other.sample === dialogue.sample) || same[0]] : [];
-  });
-}
-
-function show(dialogue) {
-  current = dialogue;
-  const chosen = !dialogue ? [] : controls.compare.checked ? counterparts(dialogue) : [dialogue];
-  byId("columns").replaceChildren(...chosen.map(dialogueView));
+async function show(entry) {
+  current = entry;
   for (const button of byId("list").children) {
-    button.setAttribute("aria-current", String(found[Number(button.dataset.index)] === dialogue));
+    button.setAttribute("aria-current", String(found[Number(button.dataset.index)] === entry));
   }
-}
-
-function text(dialogue) {
-  if (dialogue.text === undefined) { // built on the first search only
-    const { id, intent, context, facts, persona } = dialogue.goal;
-    const parts = [id, intent, context, JSON.stringify(facts), JSON.stringify(persona), dialogue.error || ""];
-    for (const turn of dialogue.turns) {
-      parts.push(turn.user, turn.strategy, turn.reply, turn.briefing, ...turn.events, ...turn.completed);
+  remember();
+  if (!entry) { byId("columns").replaceChildren(); return; }
+  const views = [dialogueView(await whole(entry), INDEX.policies[entry.policy])];
+  const beside = controls.beside.value;
+  if (beside !== "") {
+    const other = counterpart(entry, Number(beside));
+    if (other) views.push(dialogueView(await whole(other), INDEX.policies[other.policy]));
+    else if (Number(beside) !== entry.policy) {
+      views.push(make("article", "none", INDEX.policies[beside] + " has no dialogue about goal " + entry.goal + "."));
     }
-    dialogue.text = parts.join("\n").toLowerCase();
   }
-  return dialogue.text;
+  if (current === entry) byId("columns").replaceChildren(...views);
 }
 
 function grow() {
   const end = Math.min(listed + PAGE, found.length);
   for (; listed < end; listed++) {
-    const dialogue = found[listed];
-    const button = make("button", "", dialogue.goal.intent);
+    const entry = found[listed];
+    const button = make("button", "", entry.intent);
     button.type = "button";
     button.dataset.index = listed;
-    const place = [dialogue.goal.id, "sample " + dialogue.sample, DATA.phases[dialogue.phase]];
-    const result = [dialogue.stop, "TSE " + number(dialogue.rewards.tse, 1), dialogue.turns.length + " turns"];
+    button.setAttribute("aria-current", String(entry === current));
+    const place = [entry.goal, "sample " + entry.sample, INDEX.policies[entry.policy]];
+    const result = [entry.stop, "TSE " + number(entry.tse, 1), entry.used.length + (entry.used.length === 1 ? " turn" : " turns")];
     button.append(make("small", "", place.join(", ")), make("small", "", result.join(", ")));
-    button.addEventListener("click", () => show(dialogue));
+    button.addEventListener("click", () => show(entry));
     byId("list").append(button);
   }
   byId("more").hidden = listed >= found.length;
 }
 
-function filter() {
+// The dialogues that pass every filter but the policy's.
+async function passing() {
+  const { intent, stop, strategy } = controls;
   const term = controls.query.value.trim().toLowerCase();
-  const { phase, intent, stop } = controls;
-  found = DATA.dialogues.filter((dialogue) =>
-    (phase.value === "" || DATA.phases[dialogue.phase] === phase.value) &&
-    (intent.value === "" || dialogue.goal.intent === intent.value) &&
-    (stop.value === "" || dialogue.stop === stop.value) && (term === "" || text(dialogue).includes(term)));
-  byId("count").textContent = found.length + " of " + DATA.dialogues.length + " dialogues";
-  byId("list").replaceChildren();
-  listed = 0;
-  grow();
-  show(found.includes(current) ? current : found[0] || null);
+  const say = (done) => { byId("count").textContent = "searching " + done + " of " + INDEX.dialogues.length; };
+  const all = term ? await texts(say) : null;
+  return INDEX.dialogues.filter((entry) =>
+    (intent.value === "" || entry.intent === intent.value) && (stop.value === "" || entry.stop === stop.value) &&
+    (strategy.value === "" || entry.used.includes(Number(strategy.value))) && (!all || all[entry.at].includes(term)));
 }
 
-function choices(select, values) {
-  select.append(new Option("all", ""), ...values.map((value) => new Option(value, value)));
+async function filter() {
+  const mine = ++latest;
+  const passed = await passing();
+  if (mine !== latest) return;
+  const { policy, beside, sort } = controls;
+  found = passed.filter((entry) => policy.value === "" || entry.policy === Number(policy.value));
+  const key = SORTS[sort.value];
+  if (key) found = found.map((entry) => [key(entry), entry]).sort((a, b) => a[0] - b[0]).map(([, entry]) => entry);
+  byId("count").textContent = found.length + " of " + INDEX.dialogues.length + " dialogues";
+  byId("list").replaceChildren();
+  listed = 0;
+  const besides = beside.value === "" || beside.value === policy.value ? []
+    : [[INDEX.policies[beside.value], passed.filter((entry) => entry.policy === Number(beside.value))]];
+  draw([[policy.value === "" ? "all policies" : INDEX.policies[policy.value], found], ...besides]);
+  const next = found.includes(current) ? current : found[0] || null;
+  current = next;
+  grow();
+  await show(next);
+}
+
+// Flow and stops of the dialogues found; drawn when opened, for they can be large.
+function draw(groups) {
+  const all = groups.flatMap(([, entries]) => entries);
+  const order = inOrder(all);
+  const ends = INDEX.stops.filter((stop) => all.some((entry) => entry.stop === stop));
+  const views = { flow: (entries) => flow(entries, order, ends), stops: stopsByTurn };
+  for (const [id, view] of Object.entries(views)) {
+    const fold = byId(id);
+    const fill = () => {
+      if (!fold.open || fold.drawn === groups) return;
+      fold.drawn = groups;
+      const parts = groups.map(([name, entries]) => {
+        const part = make("figure");
+        part.append(make("figcaption", "", name + ", " + entries.length + " dialogues"));
+        if (entries.length) part.append(view(entries));
+        return part;
+      });
+      fold.querySelector(".drawing").replaceChildren(...parts);
+    };
+    fold.ontoggle = fill;
+    fill();
+  }
+}
+
+function remember() {
+  const state = new URLSearchParams();
+  for (const [id, control] of Object.entries(controls)) if (control.value !== "") state.set(id, control.value);
+  if (current) state.set("at", current.at);
+  for (const id of ["flow", "stops"]) if (byId(id).open) state.set(id, "open");
+  history.replaceState(null, "", "#" + state);
+}
+
+function recall() {
+  const state = new URLSearchParams(location.hash.slice(1));
+  for (const [id, control] of Object.entries(controls)) {
+    const value = state.get(id);
+    if (value === null) { if (location.hash.length > 1) control.value = control.options?.[0].value ?? ""; continue; }
+    control.value = value;
+    if (control.options && control.selectedIndex < 0) control.selectedIndex = 0;
+  }
+  for (const id of ["flow", "stops"]) byId(id).open = state.get(id) === "open";
+  current = INDEX.dialogues[Number(state.get("at") ?? -1)] || null;
+}
+
+function options(select, none, values) {
+  select.append(...(none === null ? [] : [new Option(none, "")]), ...values.map(([label, value]) => new Option(label, value)));
   select.addEventListener("change", filter);
 }
 
-const present = new Set(DATA.dialogues.map((dialogue) => dialogue.stop));
-choices(controls.phase, DATA.phases);
-choices(controls.intent, [...new Set(DATA.dialogues.map((dialogue) => dialogue.goal.intent))].sort());
-choices(controls.stop, DATA.stops.filter((stop) => present.has(stop)));
-let typing = 0;
-controls.query.addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(filter, 150); });
-controls.compare.addEventListener("change", () => show(current));
-byId("more").addEventListener("click", () => { grow(); show(current); });
-byId("filters").addEventListener("submit", (event) => event.preventDefault());
-filter();
+async function start() {
+  await openIndex();
+  const numbered = (names) => names.map((name, index) => [name || "(none)", index]);
+  const plain = (values) => values.map((value) => [value, value]);
+  const present = new Set(INDEX.dialogues.map((entry) => entry.stop));
+  options(controls.policy, "all", numbered(INDEX.policies));
+  options(controls.beside, "none", numbered(INDEX.policies));
+  options(controls.intent, "all", plain([...new Set(INDEX.dialogues.map((entry) => entry.intent))].sort()));
+  options(controls.stop, "all", plain(INDEX.stops.filter((stop) => present.has(stop))));
+  const byName = (a, b) => (a[0] < b[0] ? -1 : 1);
+  options(controls.strategy, "any", numbered(INDEX.strategies).sort(byName));
+  options(controls.sort, null, plain(Object.keys(SORTS)));
+  if (INDEX.policies.length) controls.policy.value = "0";
+  if (INDEX.policies.length > 1) controls.beside.value = String(INDEX.policies.length - 1);
+  recall();
+  let typing = 0;
+  controls.query.addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(filter, 200); });
+  for (const id of ["flow", "stops"]) byId(id).addEventListener("toggle", remember);
+  byId("more").addEventListener("click", grow);
+  byId("filters").addEventListener("submit", (event) => event.preventDefault());
+  await filter();
+  document.documentElement.dataset.ready = Math.round(performance.now()); // milliseconds; tests wait for it
+}
+
+start().catch((error) => { // an old browser, or a page cut while it was copied
+  byId("count").textContent = "The dialogues cannot be unpacked (" + error.message + "): use a browser of 2023 or newer, " +
+    "and check that the file is whole.";
+});

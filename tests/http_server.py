@@ -1,25 +1,15 @@
-"""An HTTP server of the standard library on loopback, and what a dialogue needs besides a user."""
+"""An HTTP server of the standard library on loopback whose answers the test writes."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
-
-import pytest
-
-from openrlhf_gopo.config import EXPERT, RESPONDER
-from openrlhf_gopo.policy.two_level import TwoLevelPolicy
-from openrlhf_gopo.rollout.engine import Generation
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -45,7 +35,10 @@ def asked(body: dict[str, Any]) -> dict[str, Any]:
 
 
 class Server:
-    """``script``: replies to the next requests; when it is empty, ``answer(body)`` writes the text."""
+    """``script``: replies to the next requests; when it is empty, ``answer(body)`` writes the text of a completion.
+
+    ``routes``: what answers under other paths.
+    """
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
@@ -53,6 +46,7 @@ class Server:
         self.times: list[float] = []
         self.script: deque[Reply] = deque()
         self.answer: Callable[[dict[str, Any]], str] = lambda body: "well, " + asked(body)["draft"]
+        self.routes: dict[str, Callable[[dict[str, Any]], Reply]] = {}
         self.peak = self.now = 0
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -70,6 +64,8 @@ class Server:
             self.headers.append(headers)
             self.times.append(time.monotonic())
             planned = self.script.popleft() if self.script else None
+        if path in self.routes:
+            return planned or self.routes[path](body)
         if path != "/v1/chat/completions":
             return Reply(404, "no such path")
         return planned or Reply(body=completion(self.answer(body)))
@@ -111,45 +107,3 @@ class Server:
                 pass
 
         return Handler
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="session")
-def policy() -> TwoLevelPolicy:
-    """Both roles over a small ChatML tokenizer, with labels for the shop."""
-    from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
-
-    hide_what_cuda_builds_break()
-    where = ROOT / "examples" / "quickstart" / "build_model.py"
-    spec = importlib.util.spec_from_file_location("quickstart_model", where)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    tokenizer = module.train_tokenizer(["Customer: hello, I want a refund. Agent: sorry"] * 5, 400, 4096)
-    return TwoLevelPolicy(tokenizer, tokenizer, 26)
-
-
-class Engine:
-    """Writes ``reply`` under the label ``choose(allowed)``: the same actions whatever the customer says."""
-
-    def __init__(
-        self,
-        policy: TwoLevelPolicy,
-        reply: str = "sorry about that",
-        choose: Callable[[tuple[int, ...]], int] = lambda allowed: allowed[0],
-    ) -> None:
-        self._ids = policy.responder.tokenizer.encode(reply, add_special_tokens=False)
-        self._choose = choose
-
-    def generators(self) -> dict[str, Any]:
-        return {EXPERT: self._generate, RESPONDER: self._generate}
-
-    async def _generate(self, tokens: list[int], sampling: Any) -> Generation:
-        if sampling.allowed:
-            return Generation([self._choose(sampling.allowed)], [-1.0])
-        return Generation([*self._ids, sampling.stop_token], [-0.5] * (len(self._ids) + 1))

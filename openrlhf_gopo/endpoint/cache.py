@@ -14,11 +14,13 @@ _WAIT = 5.0  # seconds for another process that writes
 class Cache:
     """Text by key; the first value that was put stays. ``path`` None: in memory, for as long as this object lives.
 
+    ``flag``: the one that gave ``path``.
+
     Raises:
         ConfigError: ``path`` cannot be opened, or is another kind of file.
     """
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, flag: str) -> None:
         self._lock = threading.Lock()
         try:
             self._base = sqlite3.connect(path or ":memory:", timeout=_WAIT, check_same_thread=False)
@@ -27,7 +29,7 @@ class Cache:
         except sqlite3.Error as error:
             where = os.path.abspath(path or "")
             raise ConfigError(
-                f"--gopo.llm.cache {path}: cannot keep answers in {where} ({error}); name a new file, or one that an "
+                f"{flag} {path}: cannot keep answers in {where} ({error}); name a new file, or one that an "
                 "earlier run made"
             ) from error
 

@@ -1,4 +1,4 @@
-"""The LLM user against vLLM's own OpenAI server with an untrained model: what it says is noise, all else is real."""
+"""The LLM user and the judge against vLLM's own OpenAI server. Its untrained model says noise, the rest is real."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ import httpx
 import pytest
 
 from openrlhf_gopo import platform
-from openrlhf_gopo.config import LlmConfig
+from openrlhf_gopo.config import JudgeConfig, LlmConfig
+from openrlhf_gopo.endpoint import Endpoint
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.errors import DialogueError
+from openrlhf_gopo.evaluation.endpoint import TRIES, EndpointPolicy
+from openrlhf_gopo.evaluation.summary import summarise
+from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rollout.dialogue import run_dialogue
 from openrlhf_gopo.rollout.sampled import SampledPolicy, TokenLimits
 from openrlhf_gopo.types import StopReason
 from openrlhf_gopo.users import UserSpec
 
-from .conftest import ROOT, Engine
+from ..conftest import ROOT
+from ..engine import Engine
 
 pytestmark = [
     pytest.mark.slow,
@@ -49,6 +54,10 @@ class Served:
 
     user: str
     bias: dict[str, int]
+
+    @property
+    def judge(self) -> str:
+        return self.user.replace("llm:", "judge:", 1)
 
     def spec(self, cache: Path | None = None) -> UserSpec:
         body = json.dumps({"logit_bias": self.bias})
@@ -152,3 +161,65 @@ def test_the_servers_errors_reach_the_user(served, policy, monkeypatch):
     env = load_environment("shop", None, UserSpec(served.user.replace("tiny", "huge"), LlmConfig(), 60.0))
     with pytest.raises(DialogueError, match=r"llm:huge@.*status 404.*huge.*check the model's name"):
         env.start(env.goals("train")[0], 0)
+
+
+def judged(served, policy, samples, **settings):
+    """Dialogues with the shop's own customers, scored by the served model."""
+    rewards = load_rewards(RewardSpec(served.judge, JudgeConfig(**settings), 60.0))
+    env = load_environment("shop")
+    goals = env.goals("train")[:samples]
+
+    async def all_of_them():
+        generate = Engine(policy).generators()
+        return await asyncio.gather(
+            *(run_dialogue(env, g, SampledPolicy(policy, generate, LIMITS), LIMITS, rewards=rewards) for g in goals)
+        )
+
+    return asyncio.run(all_of_them())
+
+
+def test_an_untrained_model_is_no_judge(served, policy, monkeypatch):
+    """Its noise is never taken for a score: every dialogue is quarantined, and says why."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    played = judged(served, policy, 3, max_new_tokens=40)
+    for trajectory in played:
+        assert (trajectory.stop, trajectory.rewards) == (StopReason.FAILED, {})
+        why = r"--gopo\.reward judge:tiny@.*: 3 answers were no verdict, the last is (cut at|not the JSON asked for)"
+        assert re.search(why, trajectory.error)
+        assert KEY not in json.dumps(trajectory.to_json())
+
+
+def test_a_server_that_holds_the_model_to_the_form_gives_verdicts(served, policy, tmp_path, monkeypatch):
+    """vLLM's structured output by --gopo.judge.extra_body; equal seeds, temperature 0: the same verdicts again."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    form = {"structured_outputs": {"regex": r'\{"score": (10|[0-9]), "reason": "(good|bad)"\}'}}
+    cache = str(tmp_path / "verdicts.sqlite")
+    played = judged(served, policy, 3, extra_body=json.dumps(form), cache=cache)
+    assert [trajectory.error for trajectory in played] == [None] * 3
+    scores = [trajectory.rewards["judge"] for trajectory in played]
+    assert all(score in [s / 10 for s in range(11)] for score in scores)
+    load_rewards.cache_clear()
+    again = judged(served, policy, 3, extra_body=json.dumps(form), cache=cache)
+    assert [trajectory.rewards["judge"] for trajectory in again] == scores
+
+
+def test_its_model_as_expert_and_responder(served, monkeypatch):
+    """Noise is no label: every decision is left to chance, and the table says so."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    config = LlmConfig(temperature=1.0, max_new_tokens=6, extra_body=json.dumps({"logit_bias": served.bias}))
+    model, _, url = served.user.removeprefix("llm:").partition("@")
+    policy = EndpointPolicy(Endpoint("--policy endpoint", model, url, config), names_only=True)
+    env = load_environment("shop")
+
+    async def all_of_them():
+        return await asyncio.gather(*(run_dialogue(env, g, policy, LIMITS) for g in env.goals("heldout")[:3]))
+
+    played = asyncio.run(all_of_them())
+    assert [t.error for t in played] == [None] * 3
+    assert summarise(played).metrics["invalid"].mean == 1.0
+    turns = [turn for t in played for turn in t.turns]
+    decided = sum(not turn.forced for turn in turns)
+    usage = policy.endpoint.usage
+    assert usage.requests + usage.cached == TRIES * decided + len(turns)
+    assert usage.completion_tokens <= 6 * usage.requests
+    assert len({turn.reply for turn in turns}) > len(turns) // 2

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from openrlhf_gopo.config import LlmConfig
+from openrlhf_gopo.endpoint import MAX_BODY, Answer, Endpoint
+from openrlhf_gopo.endpoint import post as module
 from openrlhf_gopo.errors import ConfigError, DialogueError
-from openrlhf_gopo.users import endpoint as module
-from openrlhf_gopo.users.endpoint import MAX_BODY, Answer, Endpoint
 
-from .conftest import Reply, completion
+from ..http_server import Reply, completion
 
 KEY = "sk-test-0123456789abcdef"
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -33,7 +33,7 @@ def ask(endpoint: Endpoint, seed: int = 1, seconds: float = 10.0) -> Answer:
 
 def open_endpoint(server, **settings) -> Endpoint:
     server.answer = lambda body: f"answer {len(server.bodies)}"
-    return Endpoint("small", server.url, LlmConfig(**settings))
+    return Endpoint("--gopo.user llm", "small", server.url, LlmConfig(**settings))
 
 
 # ------------------------------------------------------------------------------------------------------- requests
@@ -137,13 +137,13 @@ def test_a_slow_server_is_asked_again_then_given_up(server):
 def test_a_dripping_server_does_not_hold_the_line(server):
     server.script.append(Reply(body=completion("x" * 2000), drip=0.02))  # each byte is in time
     started = time.monotonic()
-    with pytest.raises(DialogueError, match=r"no answer in --gopo\.llm\.timeout 0\.3 s after 1 try"):
+    with pytest.raises(DialogueError, match=r"no whole answer in 0\.3 s after 1 try; --gopo\.llm\.timeout"):
         ask(open_endpoint(server, timeout=0.3, attempts=1))
     assert time.monotonic() - started < 20.0  # the whole answer takes 40
 
 
 def test_nobody_there(server):
-    endpoint = Endpoint("small", "http://127.0.0.1:9/v1", LlmConfig(attempts=2))
+    endpoint = Endpoint("--gopo.user llm", "small", "http://127.0.0.1:9/v1", LlmConfig(attempts=2))
     with pytest.raises(DialogueError, match=r"llm:small@http://127\.0\.0\.1:9/v1: ConnectError .* after 2 tries"):
         ask(endpoint)
 
@@ -188,7 +188,7 @@ def test_who_waits_too_long_for_a_turn_is_told(server):
         first = pool.submit(ask, endpoint, 1)
         while not server.bodies:
             time.sleep(0.01)
-        with pytest.raises(DialogueError, match=r"--gopo\.llm\.concurrency 1 requests before --gopo\.user_timeout"):
+        with pytest.raises(DialogueError, match=r"--gopo\.llm\.concurrency 1 requests in the time that its caller has"):
             ask(endpoint, 2, seconds=0.2)
         assert first.result().text == "x"
 
@@ -274,7 +274,12 @@ def test_the_key_shows_nowhere(server, tmp_path, monkeypatch, caplog):
     for reply in (Reply(401, f"bad key {KEY}"), Reply(500, KEY), Reply(delay=0.5), Reply(body=f"<{KEY}>")):
         server.script.append(reply)
         with pytest.raises(DialogueError) as caught:
-            ask(Endpoint("small", server.url, LlmConfig(api_key_env="MY_KEY", attempts=1, timeout=0.2)), len(errors))
+            ask(
+                Endpoint(
+                    "--gopo.user llm", "small", server.url, LlmConfig(api_key_env="MY_KEY", attempts=1, timeout=0.2)
+                ),
+                len(errors),
+            )
         errors.append(caught.value)
     shown = [repr(endpoint), str(vars(endpoint)), caplog.text, str(pickle.dumps(endpoint)), str(pickle.dumps(errors))]
     shown += ["".join(traceback.format_exception(error)) for error in errors]
@@ -305,17 +310,17 @@ def test_a_key_that_cannot_be_one_is_not_shown(server, bad, monkeypatch):
 )
 def test_a_url_holds_no_secret(url):
     with pytest.raises(ConfigError, match=r"llm:small@URL: the URL has a user, a query or a fragment") as caught:
-        Endpoint("small", url, LlmConfig())
+        Endpoint("--gopo.user llm", "small", url, LlmConfig())
     assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["ftp://host/v1", "http://", "http://host:port/v1"])
 def test_a_url_must_be_one(url):
     with pytest.raises(ConfigError, match=r"--gopo\.user llm:small@.*: not a URL; write one as in http://localhost"):
-        Endpoint("small", url, LlmConfig())
+        Endpoint("--gopo.user llm", "small", url, LlmConfig())
 
 
 def test_a_closing_slash_does_not_matter(server):
-    endpoint = Endpoint("small", server.url + "/", LlmConfig())
+    endpoint = Endpoint("--gopo.user llm", "small", server.url + "/", LlmConfig())
     server.answer = lambda body: json.dumps("fine")
     assert ask(endpoint).text == '"fine"'

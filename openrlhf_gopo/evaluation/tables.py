@@ -1,0 +1,192 @@
+"""Tables of evaluations as text: policies with intervals and p-values, stop reasons, slices; Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from openrlhf_gopo.evaluation.compare import Difference, compare
+from openrlhf_gopo.evaluation.summary import Interval, Summary, slices, summarise
+from openrlhf_gopo.types import StopReason, Trajectory
+
+# metric -> (column title, digits after the point); other metrics follow in alphabetical order with three digits
+COLUMNS = {
+    "tse": ("TSE (0-100)", 1),
+    "success": ("success", 3),
+    **{f"pass_{2**power}": (f"pass^{2**power}", 3) for power in range(1, 11)},
+    "esndcg": ("ESNDCG", 3),
+    "gre": ("GRE", 3),
+    "realised": ("realised", 3),
+    "grounded": ("grounded", 3),
+    "no_repetition": ("no repetition", 3),
+    "bleu": ("BLEU", 1),
+    "chrf": ("chrF", 1),
+    "referenced": ("replies with a reference", 3),
+    "sop": ("SOP compliance", 3),
+    "invalid": ("invalid decisions", 3),
+    "engagement": ("engagement", 3),
+    "turns": ("turns", 2),
+}
+SLICE_METRICS = ("tse", "success", "turns")
+
+Phases = Mapping[str, Sequence[Trajectory]]
+Grid = tuple[list[str], list[list[str]]]  # header and cells
+
+
+@dataclass(frozen=True)
+class Table:
+    """Policies, the differences of the later ones to the first, and notes that a reader of the figures needs.
+
+    ``Table.of`` does the statistics, once for all the forms below.
+    """
+
+    results: Mapping[str, Summary]
+    differences: Mapping[str, Difference]
+    notes: Sequence[str]
+
+    @classmethod
+    def of(cls, results: Mapping[str, Summary]) -> Table:
+        """Compare every later policy with the first.
+
+        Raises:
+            ValueError: ``results`` is empty.
+        """
+        if not results:
+            raise ValueError("a table needs at least one policy")
+        differences, refused = compare(results)
+        notes = [
+            "Mean over goals [95% bootstrap interval over goals]. Failed dialogues are counted and enter no metric."
+        ]
+        if differences:
+            family = f", Holm-corrected over the {len(differences)} policies compared" if len(differences) > 1 else ""
+            notes.append(
+                "Differences are paired over the goals shared; "
+                f"p: two-sided sign-flip test of the mean difference over goals{family}."
+            )
+        base = next(iter(results))
+        notes += [
+            f"{name} and {base}: {difference.unpaired} goals are in one of them only and enter no difference."
+            for name, difference in differences.items()
+            if difference.unpaired
+        ]
+        return cls(results, differences, [*notes, *(f"{reason}." for reason in refused.values())])
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that any policy has, in the order of their columns."""
+        found = {metric for summary in self.results.values() for metric in summary.metrics}
+        return [metric for metric in COLUMNS if metric in found] + sorted(found - COLUMNS.keys())
+
+    def grid(self) -> Grid:
+        """A row per policy, then one per difference."""
+        header = ["policy", "goals", "dialogues", "failed", *map(title, self.metrics)]
+        cells = [
+            [name, str(s.goals), str(s.dialogues), str(s.failures), *(cell(s.metrics.get(m), m) for m in self.metrics)]
+            for name, s in self.results.items()
+        ]
+        for name, d in self.differences.items():
+            values = (cell(d.metrics.get(m), m, d.p_holm.get(m)) for m in self.metrics)
+            cells.append([self._minus(name), str(d.goals), "", "", *values])
+        return header, cells
+
+    def stops(self) -> Grid:
+        """Stop reasons, as shares of the dialogues that did not fail."""
+        found = self.results.items()
+        reasons = [r.value for r in StopReason if any(r.value in s.stops for _, s in found)]
+        return ["policy", *reasons], [[n, *(f"{s.stops.get(r, 0.0):.1%}" for r in reasons)] for n, s in found]
+
+    def text(self) -> str:
+        """Both grids and the notes in Markdown."""
+        lines = "".join(f"{_escape(note)}\n" for note in self.notes)
+        stops = f"Stop reasons, share of the dialogues that did not fail:\n\n{markdown(self.stops())}"
+        return f"{markdown(self.grid())}\n{lines}\n{stops}"
+
+    def write_csv(self, path: str | os.PathLike[str]) -> Path:
+        """Plain numbers: per metric its mean and bounds, for a difference also its p-value, raw and corrected."""
+        with Path(path).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            parts = [f"{m}{part}" for m in self.metrics for part in ("", "_low", "_high", "_p", "_p_holm")]
+            writer.writerow(["policy", "goals", "dialogues", "failed", *parts])
+            for name, s in self.results.items():
+                numbers = (n for m in self.metrics for n in (*_numbers(s.metrics.get(m)), "", ""))
+                writer.writerow([name, s.goals, s.dialogues, s.failures, *numbers])
+            for name, d in self.differences.items():
+                numbers = (
+                    n
+                    for m in self.metrics
+                    for n in (*_numbers(d.metrics.get(m)), _number(d.p.get(m)), _number(d.p_holm.get(m)))
+                )
+                writer.writerow([self._minus(name), d.goals, "", "", *numbers])
+        return Path(path)
+
+    def _minus(self, name: str) -> str:
+        return f"{name} - {next(iter(self.results))}"
+
+
+def title(metric: str) -> str:
+    """The heading of a metric's column."""
+    return COLUMNS.get(metric, (metric, 3))[0]
+
+
+def cell(interval: Interval | None, metric: str, p: float | None = None) -> str:
+    """``mean [low, high]``, signed and with ``p`` for a difference; "-" where the metric is absent, "[n/a]" where one
+    goal gives no interval."""
+    if interval is None:
+        return "-"
+    digits, sign = COLUMNS.get(metric, (metric, 3))[1], "" if p is None else "+"
+    # rounding first, and adding 0.0, turns the "-0.000" of floating-point noise into 0.000
+    mean, low, high = (
+        f"{round(value, digits) + 0.0:{sign}.{digits}f}" for value in (interval.mean, interval.low, interval.high)
+    )
+    bounds = "[n/a]" if math.isnan(interval.low) else f"[{low}, {high}]"
+    return f"{mean} {bounds}" + ("" if p is None else " p<0.001" if p < 0.001 else f" p={p:.3f}")
+
+
+def slice_grid(phases: Phases) -> Grid:
+    """The main metrics of each slice, with a row for every policy that has dialogues in it."""
+    groups = {name: slices(trajectories) for name, trajectories in phases.items()}
+    cells = []
+    for name in slices([trajectory for trajectories in phases.values() for trajectory in trajectories]):
+        for phase, by_slice in groups.items():
+            if name not in by_slice:
+                continue
+            summary = summarise(by_slice[name], metrics=SLICE_METRICS)
+            values = (cell(summary.metrics.get(metric), metric) for metric in SLICE_METRICS)
+            cells.append([name, phase, str(summary.goals), str(summary.dialogues), *values])
+    return ["slice", "policy", "goals", "dialogues", *map(title, SLICE_METRICS)], cells
+
+
+def markdown(grid: Grid) -> str:
+    """A Markdown table that no cell can break."""
+    header, cells = grid
+
+    def line(values: Iterable[str]) -> str:
+        return "| " + " | ".join(_escape(" ".join(v.split())) for v in values) + " |\n"
+
+    return line(header) + "|---" * len(header) + "|\n" + "".join(map(line, cells))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write ``text`` as it is, on every platform."""
+    path = Path(path)
+    # User text may hold lone surrogates, which UTF-8 cannot encode: show them escaped rather than fail.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+    return path
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _numbers(interval: Interval | None) -> list[str]:
+    values = (None, None, None) if interval is None else (interval.mean, interval.low, interval.high)
+    return [_number(value) for value in values]
+
+
+def _number(value: float | None) -> str:
+    """Nine digits: more is floating-point noise that differs between machines."""
+    return "" if value is None or math.isnan(value) else f"{value + 0.0:.9g}"
