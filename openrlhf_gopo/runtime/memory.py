@@ -136,7 +136,7 @@ def gpus(
     """
     roles = config.roles if config.own_expert else (RESPONDER,)
     memory = (config.gpu_memory_gb or 0.0) * GIB
-    together = Gpu("every GPU", [], args.ds.enable_sleep, args.vllm.enable_sleep)
+    together = Gpu("every GPU of --actor.*", [], args.ds.enable_sleep, args.vllm.enable_sleep)
     apart: list[Gpu] = []
     for role in roles:
         where = args.expert if role == EXPERT else args.actor
@@ -146,14 +146,18 @@ def gpus(
         reference = list(_reference(args, where, shapes[role], role))
         critic = list(_critic(args, config, shapes, role, tokens[role]))
         if args.train.colocate_all:
-            together.parts += [trainer, *reference, *critic, engine]
+            together.parts += [trainer, *reference, *critic]
+            if args.train.async_enable:  # engines play while the roles learn, on GPUs of their own
+                apart.append(Gpu(engine.name, [engine]))
+            else:
+                together.parts.append(engine)
             continue
         stay = args.train.colocate_actor_ref
         apart.append(
             Gpu(role + (" with its reference" if stay and reference else ""), [trainer, *(reference if stay else [])])
         )
         apart += [Gpu(part.name, [part]) for part in (*([] if stay else reference), *critic, engine)]
-    return [together] if args.train.colocate_all else apart
+    return ([together] if together.parts else []) + apart
 
 
 def _trainer(
