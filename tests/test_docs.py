@@ -1,6 +1,6 @@
 """The documentation: links lead somewhere, generated pages are up to date, and every command is run or says why not.
 
-A fenced bash block in README.md, docs/ or a README below examples/ and benchmarks/ stands after a comment that says where
+A fenced bash block in README.md, docs/ or a page below examples/ and benchmarks/ stands after a comment that says where
 it is covered:
 
     <!-- run -->                    this test runs it, from the root of the checkout
@@ -77,10 +77,10 @@ def test_the_named_tests_run_the_programs_of_the_block(page: Path, found: re.Mat
     for file in files:
         assert (ROOT / file).is_file(), f"{name(page)}: {file}: no such test"
     tests = "\n".join((ROOT / file).read_text() for file in files)
-    programs = {(module or file).rpartition("/")[2] for module, file in PROGRAM.findall(found["code"])}
-    missing = {
-        p for p in programs if p.removeprefix("openrlhf_gopo.").replace("cli.", "") not in tests and p not in tests
+    programs = {
+        Path(file).stem if file else module.rpartition(".")[2] for module, file in PROGRAM.findall(found["code"])
     }
+    missing = {program for program in programs if not re.search(rf"\b{program}\b", tests)}
     assert not missing, f"{name(page)}: none of {', '.join(files)} names {missing}"
 
 
