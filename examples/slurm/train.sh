@@ -20,7 +20,7 @@ mapfile -t nodes < <(scontrol show hostnames "${SLURM_JOB_NODELIST:?start this w
 head=${nodes[0]}
 port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a head node
 dashboard=$((port + 1))
-trap 'jobs -p | xargs -r kill' EXIT
+trap 'jobs -p | xargs -r kill 2>/dev/null || true' EXIT
 
 # $1: a node; the rest: flags of `ray start`. It runs until the job ends.
 ray_on() {

@@ -221,13 +221,12 @@ def engines_too_small(args: SimpleNamespace, config: GopoConfig, shapes: dict[st
 def report(args: SimpleNamespace, config: GopoConfig, lengths: dict[str, int], share: dict[str, float]) -> list[str]:
     """The dry run's lines. ``lengths``: by role, tokens of the longest stream that may come."""
     roles = config.roles if config.own_expert else (RESPONDER,)
-    shapes: dict[str, Shape] = {}
-    for role in roles:
-        path = (args.expert if role == EXPERT else args.actor).model_name_or_path
-        shape = Shape.read(path)
+    paths = {role: (args.expert if role == EXPERT else args.actor).model_name_or_path for role in roles}
+    read = {path: Shape.read(path) for path in dict.fromkeys(paths.values())}
+    for path, shape in read.items():
         if shape is None:
             return [f"GPU memory: unknown, {path} has no config.json"]
-        shapes[role] = shape
+    shapes = {role: read[path] for role, path in paths.items()}
     if not config.own_expert:  # one model may learn from the streams of both roles
         lengths, share = {RESPONDER: max(lengths.values())}, {RESPONDER: max(share.values())}
     batch = args.train.micro_batch_size
