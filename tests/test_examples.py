@@ -23,7 +23,7 @@ SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
 COFFEE = f"{EXAMPLES / 'custom_env' / 'coffee.py'}:Coffee"
 STAR = Path(__file__).parent / "envs" / "star_fixture"
 
-# recipe -> OPENRLHF_GOPO_CPU, what its dry run says of goals and GPUs, the models' size, and and, as in its README, a GPU's GiB
+# recipe -> OPENRLHF_GOPO_CPU, goals and GPUs of its dry run, the models' size and, as in its README, a GPU's GiB
 RECIPES = {
     "shop_cpu": ("1", "shop", "6 GPUs", None, None),
     "star_cpu": ("1", "star", "6 GPUs", None, None),

@@ -4,13 +4,13 @@
 set -euo pipefail
 
 MODEL=${MODEL:-Qwen/Qwen2.5-14B-Instruct}
-OUT=${OUT:-runs/pair14b}
+export OUT=${OUT:-runs/pair14b}
 here=$(dirname "${BASH_SOURCE[0]}")
 gopo="$here/../node8_colocated/train.sh"
 
 # A dry run checks the last step, with the models that the first two start from.
 case " $* " in *" --gopo.dry_run "*)
-    RESPONDER_MODEL=$MODEL EXPERT_MODEL=$MODEL OUT=$OUT exec bash "$gopo" --gopo.gpu_memory_gb 80 "$@" ;;
+    RESPONDER_MODEL=$MODEL EXPERT_MODEL=$MODEL exec bash "$gopo" --gopo.gpu_memory_gb 80 "$@" ;;
 esac
 
 # Dialogues of an imperfect script, in the prompts of the rollout.
@@ -42,4 +42,4 @@ for role in expert responder; do
       --ckpt.output_dir "$OUT/warm_$role"
 done
 
-RESPONDER_MODEL=$OUT/warm_responder EXPERT_MODEL=$OUT/warm_expert OUT=$OUT bash "$gopo" --gopo.gpu_memory_gb 80 "$@"
+RESPONDER_MODEL=$OUT/warm_responder EXPERT_MODEL=$OUT/warm_expert bash "$gopo" --gopo.gpu_memory_gb 80 "$@"

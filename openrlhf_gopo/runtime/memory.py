@@ -89,9 +89,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Part:
-    """What one process holds on its GPU, in bytes: always, while it learns, and while dialogues are played."""
+    """What one process holds on its GPU, in bytes. ``weights`` stay; ``states`` (gradients, optimizer) may leave while
+    others work; ``learning`` is there during a micro-batch; ``engine`` is vLLM's share."""
 
     name: str
+    weights: float = 0.0
     states: float = 0.0
     learning: float = 0.0
     engine: float = 0.0
@@ -100,8 +102,8 @@ class Part:
 
 @dataclass
 class Gpu:
-    """The processes of one GPU. ``states_leave``, ``engines_leave``: --ds.enable_sleep, --vllm.enable_sleep, which the
-    trainers obey in turn."""
+    """The processes of one GPU. ``states_leave``: --ds.enable_sleep, which does nothing with --ds.adam_offload
+    (deepspeed_utils.py:156 of OpenRLHF 0.11.2). ``engines_leave``: --vllm.enable_sleep."""
 
     name: str
     parts: list[Part] = field(default_factory=list)
@@ -111,13 +113,11 @@ class Gpu:
     @property
     def peak(self) -> float:
         """Bytes at the worse of the two: the roles learn, one after the other if they share the GPU, or they play."""
-        always = len(self.parts) * CONTEXT + sum(p.states for p in self.parts if not p.learning)
-        trainers = [p for p in self.parts if p.learning]
-        asleep = 0.0 if self.states_leave else sum(p.states for p in trainers)
-        engines = sum(p.engine for p in self.parts)
-        learn = max((p.learning + (p.states if self.states_leave else 0.0) for p in trainers), default=0.0)
-        learns = asleep + learn + (0.0 if self.engines_leave else engines)
-        return always + max(learns, asleep + engines)
+        always = sum(CONTEXT + part.weights for part in self.parts)
+        states, engines = sum(part.states for part in self.parts), sum(part.engine for part in self.parts)
+        awake = 0.0 if self.states_leave else states
+        learn = max(part.learning + (part.states if self.states_leave else 0.0) for part in self.parts)
+        return always + awake + max(learn + (0.0 if self.engines_leave else engines), engines)
 
 
 def gpus(
@@ -136,7 +136,8 @@ def gpus(
     """
     roles = config.roles if config.own_expert else (RESPONDER,)
     memory = (config.gpu_memory_gb or 0.0) * GIB
-    together = Gpu("every GPU of --actor.*", [], args.ds.enable_sleep, args.vllm.enable_sleep)
+    asleep = args.ds.enable_sleep and not args.ds.adam_offload
+    together = Gpu("every GPU of --actor.*", [], asleep, args.vllm.enable_sleep)
     apart: list[Gpu] = []
     for role in roles:
         where = args.expert if role == EXPERT else args.actor
@@ -167,15 +168,15 @@ def _trainer(
     split, stage, tp = max(copies, 1), args.ds.zero_stage, args.ds.tensor_parallel_size
     learns = shape.adapters(args.ds.lora) if args.ds.lora.rank > 0 else shape.parameters
     held = shape.parameters + (learns if args.ds.lora.rank > 0 else 0)
-    states = WEIGHTS * held / tp / (split if stage == 3 else 1)
-    states += GRADIENTS * learns / tp / (split if stage >= 2 else 1)
+    weights = WEIGHTS * held / tp / (split if stage == 3 else 1)
+    states = GRADIENTS * learns / tp / (split if stage >= 2 else 1)
     states += 0.0 if args.ds.adam_offload else ADAM * learns / tp / (split if stage >= 1 else 1)
     working = shape.activations(tokens, share * tokens, where.gradient_checkpointing_enable) / tp
     rank = args.ds.lora.rank
     note = f"{shape.parameters / 1e6:,.1f} M parameters, ZeRO {stage} over {copies} rank(s)"
     if rank > 0:
         note += f", LoRA {rank}: {learns / 1e6:,.1f} M learn"
-    return Part(role, states, working, note=note)
+    return Part(role, weights, states, working, note=note)
 
 
 def _reference(args: SimpleNamespace, where: SimpleNamespace, shape: Shape, role: str) -> Iterator[Part]:
@@ -251,7 +252,6 @@ def _fit(peak: float, memory: float | None) -> str:
 
 
 def _describe(part: Part) -> str:
-    sizes = [f"states {part.states / GIB:.2f}"] if part.states else []
-    sizes += [f"activations {part.learning / GIB:.2f}"] if part.learning else []
-    sizes += [f"engine {part.engine / GIB:.2f}"] if part.engine else []
-    return f"{part.name}: " + (", ".join(sizes) or "no states") + (f" ({part.note})" if part.note else "")
+    found = {"weights": part.weights, "states": part.states, "activations": part.learning, "engine": part.engine}
+    sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in found.items() if size)
+    return f"{part.name}: " + (sizes or "nothing") + (f" ({part.note})" if part.note else "")

@@ -91,9 +91,13 @@ def test_states_are_what_a_trainers_process_grows_by(stage, rank, tmp_path) -> N
         grown.append(int(done.stdout.splitlines()[-1]))
         args, _ = parse(folder, f"--ds.zero_stage {stage} --ds.lora.rank {rank}", cpu="1")
         shape = Shape.read(str(folder))
-        estimates.append(memory._trainer(args, args.actor, shape, "expert", 0, 0).states)
-    print(grown, estimates)
-    assert grown[1] - grown[0] == pytest.approx(estimates[1] - estimates[0], rel=0.15)
+        estimates.append(held(memory._trainer(args, args.actor, shape, "expert", 0, 0)))
+    # Seen: 542 MB where 617 were estimated (ZeRO-2), 701 of 617 (ZeRO-3), 97 of 92 (LoRA).
+    assert grown[1] - grown[0] == pytest.approx(estimates[1] - estimates[0], rel=0.17)
+
+
+def held(part: Part) -> float:
+    return part.weights + part.states
 
 
 def parse(folder: object, flags: str = "", cpu: str = "0"):
@@ -139,8 +143,8 @@ LLAMA_13B = Shape(N, layers=40, hidden=5120, keys=5120, mlp=13_824, vocabulary=3
 )
 def test_states_by_zero_stage(flags, bytes_each, reference) -> None:
     found = placed(f"--actor.num_gpus_per_node 4 --ref.num_gpus_per_node 4 {flags}")
-    assert found["responder"].parts[0].states == pytest.approx(bytes_each * N)
-    assert found["responder's reference"].parts[0].states == pytest.approx(reference * N)
+    assert held(found["responder"].parts[0]) == pytest.approx(bytes_each * N)
+    assert held(found["responder's reference"].parts[0]) == pytest.approx(reference * N)
     assert list(found) == [
         f"{role}{part}" for role in ("expert", "responder") for part in ("", "'s reference", "'s engine")
     ]
@@ -155,18 +159,21 @@ def placed(flags: str) -> dict[str, Gpu]:
 
 
 def test_the_peak_is_the_worse_of_learning_and_playing() -> None:
-    parts = [
-        Part("a", 10, 4),
-        Part("b", 8, 7),
-        Part("reference", 3),
-        Part("engine a", engine=5),
-        Part("engine b", engine=6),
-    ]
-    constant = 5 * memory.CONTEXT + 3
+    roles = [Part("a", weights=2, states=10, learning=4), Part("b", weights=1, states=8, learning=7)]
+    parts = [*roles, Part("reference", weights=3), Part("engine a", engine=5), Part("engine b", engine=6)]
+    constant = 5 * memory.CONTEXT + 6
     assert Gpu("all", parts).peak == constant + 18 + 7 + 11  # nothing ever leaves
     assert Gpu("all", parts, engines_leave=True).peak == constant + 18 + 11  # playing
-    assert Gpu("all", parts, states_leave=True).peak == constant + 15 + 11
-    assert Gpu("all", parts, states_leave=True, engines_leave=True).peak == constant + 15  # b learns alone
+    assert Gpu("all", parts, states_leave=True).peak == constant + 15 + 11  # b learns alone
+    assert Gpu("all", parts, states_leave=True, engines_leave=True).peak == constant + 15
+
+
+def test_states_that_the_host_holds_do_not_leave() -> None:
+    ranks = "--actor.num_gpus_per_node 4 --ref.num_gpus_per_node 4 --vllm.num_engines 4 --train.colocate_all"
+    ranks += " --vllm.gpu_memory_utilization 0.3 --ds.zero_stage 3 --ds.enable_sleep"
+    (gpu,), (offloaded,) = placed(ranks).values(), placed(f"{ranks} --ds.adam_offload").values()
+    assert gpu.states_leave
+    assert not offloaded.states_leave
 
 
 def test_placements() -> None:
@@ -195,10 +202,10 @@ def test_what_users_of_openrlhf_report() -> None:
     seven = Shape(6_738_415_616, 32, 4096, 4096, 11_008, 32_000)
     args.actor.gradient_checkpointing_enable = True
     trainer = memory._trainer(args, args.actor, seven, "responder", 2048, 0.5)
-    assert trainer.states + trainer.learning + memory.CONTEXT < 24 * GIB
+    assert held(trainer) + trainer.learning + memory.CONTEXT < 24 * GIB
     args.ds.zero_stage = 2
     args.ds.adam_offload = False
-    assert memory._trainer(args, args.actor, seven, "responder", 2048, 0.5).states > 24 * GIB
+    assert held(memory._trainer(args, args.actor, seven, "responder", 2048, 0.5)) > 24 * GIB
 
 
 def test_the_report_says_whether_it_fits(tmp_path) -> None:
