@@ -25,7 +25,7 @@ python3 -m openrlhf.cli.train_gopo \
    --train.colocate_all \
    --vllm.num_engines 1 \
    --vllm.tensor_parallel_size 1 \
-   --vllm.gpu_memory_utilization 0.3 \
+   --vllm.gpu_memory_utilization 0.22 \
    --vllm.enable_prefix_caching \
    --vllm.enable_sleep \
    --vllm.sync_backend nccl \
