@@ -236,7 +236,7 @@ def report(args: SimpleNamespace, config: GopoConfig, lengths: dict[str, int], s
         for role in roles
     }
     found = gpus(args, config, shapes, tokens, share)
-    lines = ["GPU memory, estimated in GiB (how, and what is left out: runtime/memory.py):"]
+    lines = ["GPU memory, estimated in GiB (docs/migration.md says how, and what is left out):"]
     for gpu in found:
         lines += [f"  {gpu.name}: {gpu.peak / GIB:.1f} at its peak" + _fit(gpu.peak, config.gpu_memory_gb)]
         lines += [f"    {_describe(part)}" for part in gpu.parts]
