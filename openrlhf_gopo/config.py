@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from openrlhf_gopo.config_llm import JudgeConfig, LlmConfig
-from openrlhf_gopo.flag import check_choices as _check_choices
+from openrlhf_gopo.flag import check_values as _check_values
 from openrlhf_gopo.flag import default, flag, flags
 from openrlhf_gopo.flag import require as _require
 
@@ -52,7 +52,7 @@ class PreferenceConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self, "gopo.pref")
+        _check_values(self, "gopo.pref")
         _require(self.coef >= 0, "--gopo.pref.coef", self.coef, "give 0 or more")
         _require(self.beta > 0, "--gopo.pref.beta", self.beta, "give a positive number")
         _require(0 < self.discount < 1, "--gopo.pref.discount", self.discount, "give a number in (0, 1)")
@@ -137,6 +137,12 @@ class GopoConfig:
         choices=("joint", "alternate", EXPERT, RESPONDER),
     )
     schedule_steps: int = flag(1, "steps of one role's turn with --gopo.schedule alternate")
+    version_switch: str = flag(
+        "turn",
+        "with --train.partial_rollout_enable: when dialogues under way get new weights, of both roles at once: between "
+        "two turns, or never within a dialogue",
+        choices=("turn", "dialogue"),
+    )
     common_random_numbers: bool = flag(False, "give every trajectory of a group the same user noise")
     user_timeout: float = flag(60.0, "seconds one call of the environment may take before the dialogue fails")
     attempts: int = flag(2, "times a failing dialogue is run before it is quarantined")
@@ -159,7 +165,7 @@ class GopoConfig:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self) -> None:
-        _check_choices(self, "gopo")
+        _check_values(self, "gopo")
         _require(
             bool(self.env),
             "--gopo.env",

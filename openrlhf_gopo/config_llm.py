@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from openrlhf_gopo.flag import flag, require
+from openrlhf_gopo.flag import check_values, flag, require
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class LlmConfig:
     )
 
     def __post_init__(self) -> None:
+        check_values(self, self.prefix)
         require(self.temperature >= 0, f"--{self.prefix}.temperature", self.temperature, "give 0 or more")
         require(self.timeout > 0, f"--{self.prefix}.timeout", self.timeout, "give a positive number of seconds")
         for name in ("max_new_tokens", "attempts", "concurrency", "budget_requests", "budget_tokens"):
@@ -50,7 +51,7 @@ class LlmConfig:
         """``extra_body`` as an object."""
         try:
             extra = json.loads(self.extra_body or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             extra = None
         require(
             isinstance(extra, dict),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
@@ -61,7 +62,7 @@ def _find(flag: str, name: str, group: str, what: str, builtin: Mapping[str, str
 
 
 def _from_file(given: str, path: Path, attribute: str) -> object:
-    if not path.is_file():
+    if not os.path.isfile(path):  # False too for a name that is too long, where Path.is_file raises
         raise ConfigError(f"{given}: no such file: {path}")
     spec = importlib.util.spec_from_file_location(f"gopo_plugin_{path.stem}", path)
     assert spec is not None  # a .py path always has a spec

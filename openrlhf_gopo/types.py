@@ -92,6 +92,7 @@ class Turn:
     strategy). ``reply_cut`` is True when the reply hit its token cap. ``plan`` is what the expert wrote before it
     chose, if it plans. ``invalid``: the expert named no allowed strategy and one was drawn for it; None where that
     cannot happen (decoding is restricted to the allowed set, or there was nothing to choose).
+    ``version``: updates that the weights which played it had had.
     """
 
     user: str
@@ -111,6 +112,7 @@ class Turn:
     reply_cut: bool = False
     plan: str = ""
     invalid: bool | None = None
+    version: int = 0
 
 
 @dataclass

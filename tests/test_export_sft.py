@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,45 @@ def test_logged_dialogues_are_the_rollouts_streams(tokenizer, env, policy, expor
             assert whole[: len(stream.tokens)] == stream.tokens
             rest = tokenizer.convert_ids_to_tokens(whole[len(stream.tokens) :])
             assert rest == {EXPERT: ["<|im_end|>", "Ċ"], RESPONDER: ["Ċ"]}[role]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_offline_training_learns_from_are_the_rollouts_streams(env, policy, single, told):
+    """Logged dialogues, whether they tell what was allowed or not."""
+    for number, trajectory in enumerate(t for t in demonstrations(env, 20, 0.7, seed=2) if len(t.turns) >= 3):
+        record = logged(trajectory, number)
+        for turn, played in zip(record["turns"], trajectory.turns, strict=True):
+            turn["allowed"] = list(played.allowed) if told else None
+        replayed = to_trajectory(Dialogue.model_validate_json(json.dumps(record)))
+        for who in (policy, single):
+            found = who.replay(replayed, env.catalogue(trajectory.goal))
+            expected = rollout_streams(who, env, trajectory if told else replayed)
+            for role in who.roles:
+                assert found[role].tokens == expected[role].tokens
+                assert (found[role].spans, found[role].allowed) == (expected[role].spans, expected[role].allowed)
+
+
+def test_logged_turns_that_are_no_decision(env, policy):
+    """A forbidden strategy stands in the stream and is not learnt; an unknown one leaves neither label nor reply."""
+    (whole,) = (t for t in demonstrations(env, 1, 1.0, seed=2))
+    assert len(whole.turns) >= 3
+    assert not any(turn.forced for turn in whole.turns[:3])
+    catalogue = env.catalogue(whole.goal)
+    before = policy.replay(whole, catalogue)
+    forbidden = next(s.id for s in catalogue if s.id not in whole.turns[0].allowed)
+    whole.turns[0] = replace(whole.turns[0], strategy=forbidden)
+    whole.turns[1] = replace(whole.turns[1], strategy="")
+    after = policy.replay(whole, catalogue)
+    expert = after[EXPERT]
+    assert len(expert.spans) == len(before[EXPERT].spans) - 2
+    text = policy.expert.tokenizer.decode(expert.tokens)
+    label = policy.expert.tokenizer.decode([policy.label_ids(catalogue)[forbidden]])
+    assert f"<|im_start|>assistant\n{label}<|im_end|>" in text
+    assert "<|im_start|>assistant\n<|im_end|>" in text
+    assert whole.turns[1].reply in text  # the agent said it: the next decision is taken after it
+    written = policy.expert.tokenizer.decode(after[RESPONDER].tokens)
+    assert whole.turns[1].reply not in written
+    assert len(after[RESPONDER].spans) == len(whole.turns) - 1
 
 
 def test_a_log_of_the_script_gives_the_scripts_own_files(env, policy, export_logs):

@@ -18,9 +18,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from openrlhf_gopo import platform
-from openrlhf_gopo.config import GopoConfig, JudgeConfig, LlmConfig, default, flags
+from openrlhf_gopo.config import GopoConfig, JudgeConfig, LlmConfig, flags
 from openrlhf_gopo.errors import ConfigError, GopoError
-from openrlhf_gopo.evaluation.contenders import parse_contenders
+from openrlhf_gopo.evaluation import contenders
+from openrlhf_gopo.evaluation.endpoint import Prices
+from openrlhf_gopo.flag import add_flags
 
 if TYPE_CHECKING:
     from openrlhf_gopo.runtime.evaluation import Evaluation
@@ -39,7 +41,8 @@ UPSTREAM = (
 FIXED = (
     *("gopo.env", "gopo.data", "gopo.user", "gopo.max_turns", "gopo.reply_max_tokens", "gopo.labels"),
     *("gopo.names_only", "gopo.expert_mode", "gopo.expert_plan_tokens", "data.max_len", "eval.temperature"),
-    *("gopo.reward", "rollout.top_p", "train.seed"),
+    *("gopo.llm.temperature", "gopo.llm.max_new_tokens", "gopo.llm.extra_body", "gopo.reward"),
+    *("rollout.top_p", "train.seed"),
 )
 
 
@@ -48,30 +51,19 @@ def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m openrlhf.cli.eval_gopo",
         description=__doc__,
+        epilog=contenders.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--policy",
-        action="append",
-        default=[],
-        metavar="[NAME=]SPEC",
-        help="repeatable: pair:EXPERT,RESPONDER with halves PATH, "
-        "endpoint:MODEL@URL, scripted:SKILL or random; single:PATH; endpoint:MODEL@URL; scripted:SKILL; random; human; "
-        "human:FILE",
+        "--policy", action="append", default=[], metavar="[NAME=]SPEC", help="repeatable, and described at the end"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the dialogues and of the report")
     parser.add_argument("--split", choices=("heldout", "train"), default="heldout", help="whose goals")
     parser.add_argument("--concurrency", type=int, default=64, help="dialogues under way at once")
-    for cls, prefix, names in (
-        (GopoConfig, "gopo", GOPO),
-        (LlmConfig, "gopo.llm", None),
-        (JudgeConfig, "gopo.judge", None),
-    ):
-        for f in flags(cls):
-            if names is not None and f.name not in names:
-                continue
-            kind = {"action": "store_true"} if f.metadata["kind"] is bool else {"type": f.metadata["kind"]}
-            parser.add_argument(f"--{prefix}.{f.name}", default=default(f), help=f.metadata["help"], **kind)
+    parser.add_argument("--price", metavar="PROMPT,COMPLETION", help="of a million tokens of endpoint policies")
+    add_flags(parser, GopoConfig, "gopo", GOPO)
+    add_flags(parser, LlmConfig, LlmConfig.prefix)
+    add_flags(parser, JudgeConfig, JudgeConfig.prefix)
     for action in upstream._actions:
         if action.dest in UPSTREAM:
             parser._add_action(action)
@@ -90,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
 
         flat = vars(build_parser(UpstreamCli.load().parser).parse_args(argv))
-        contenders = parse_contenders(flat["policy"])
+        found = contenders.parse_contenders(flat["policy"])
         given = {f.name: flat[f"gopo.{f.name}"] for f in flags(GopoConfig) if f"gopo.{f.name}" in flat}
         llm = LlmConfig(**{f.name: flat[f"gopo.llm.{f.name}"] for f in flags(LlmConfig)})
         judge = JudgeConfig(**{f.name: flat[f"gopo.judge.{f.name}"] for f in flags(JudgeConfig)})
@@ -102,8 +94,8 @@ def main(argv: list[str] | None = None) -> None:
         from openrlhf_gopo.runtime.evaluation import Evaluation
 
         fixed = {name: flat[name] for name in FIXED}
-        evaluation = Evaluation(_nested(flat), config, contenders, flat["out"], flat["split"], fixed)
-        status = _report(flat["out"], evaluation)
+        evaluation = Evaluation(_nested(flat), config, found, flat["out"], flat["split"], fixed)
+        status = _report(flat["out"], evaluation, _prices(flat["price"]))
     except GopoError as error:
         print(f"eval_gopo: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -121,17 +113,29 @@ def _nested(flat: dict[str, Any]) -> SimpleNamespace:
     return args
 
 
-def _report(out: Path, evaluation: Evaluation) -> int:
+def _prices(text: str | None) -> Prices | None:
+    if text is None:
+        return None
+    try:
+        prompt, completion = map(float, text.split(","))
+    except ValueError:
+        raise ConfigError(f"--price {text}: give two numbers, of prompt and completion tokens, as in 2.5,10") from None
+    return Prices(prompt, completion)
+
+
+def _report(out: Path, evaluation: Evaluation, prices: Prices | None) -> int:
     """Play all, then write the report; the command's exit status."""
     from rich.console import Console
 
     from openrlhf_gopo.evaluation.report import write_results
+    from openrlhf_gopo.evaluation.tables import write_text
 
     phases, left_out = evaluation.run()
     for name, why in left_out.items():
         print(f"eval_gopo: {name} left out: {why}", file=sys.stderr)
     if phases:
         written = write_results(out, phases)
+        written["costs"] = write_text(out / "costs.md", evaluation.costs(phases, prices))
         console = Console(soft_wrap=True)
         console.print(written["table"].read_text(), markup=False)
         for name, path in written.items():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from openrlhf_gopo import platform
+from openrlhf_gopo.cli.terminal import say
 from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.envs import Environment, load_environment
 from openrlhf_gopo.errors import ConfigError, DataError, GopoError
@@ -178,7 +179,7 @@ def _export(args: argparse.Namespace) -> None:
     written = _write(played, args.out)
     print(f"{written} dialogues of {env.name} -> {args.out}/" + "{" + ",".join(FILES) + "}.jsonl")
     for reason, count in census.items():
-        print(f"{reason}: {count}")
+        say(f"{reason}: {count}")
 
 
 def _write(played: Iterator[dict[str, Messages]], out: Path) -> int:

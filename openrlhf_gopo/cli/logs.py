@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
+from openrlhf_gopo.cli.terminal import say
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.errors import ConfigError, GopoError
 from openrlhf_gopo.evaluation.report import table_text
@@ -35,6 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     converts.add_argument("source", choices=sorted(SOURCES))
     converts.add_argument("folder", type=Path, help="clone of the data set's repository")
     converts.add_argument("--out", type=Path, required=True, help="the .jsonl file to write")
+    converts.add_argument(
+        "--played", action="store_true", help="play the agents' strategies through the environment of that name"
+    )
     converts.set_defaults(run=_convert)
 
     scores = verbs.add_parser("score", help="print the metrics of the logged dialogues: the human rows of a comparison")
@@ -52,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         status = args.run(args)
     except (GopoError, OSError) as error:
-        print(f"logs: error: {error}", file=sys.stderr)
+        say(f"logs: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     if status:
         raise SystemExit(status)
@@ -66,10 +71,10 @@ def _validate(args: argparse.Namespace) -> int:
     check = fits(load_environment(args.env, args.data)) if args.env else None
     report = validate(args.file, check, args.limit, progress=True)
     for problem in report.problems:
-        print(problem)
+        say(problem)
     if report.found > len(report.problems):
-        print(f"... and {report.found - len(report.problems)} more")
-    print(
+        say(f"... and {report.found - len(report.problems)} more")
+    say(
         f"{args.file}: {report.dialogues} good dialogues with {report.turns} turns, {report.found} problems. "
         f"Turns without a strategy: {report.unlabelled}; without engagement or a known event: {report.neutral}."
     )
@@ -77,18 +82,20 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    print(f"{convert(args.source, args.folder, args.out)} dialogues of {args.source} -> {args.out}")
+    logging.basicConfig(format="%(message)s")
+    dialogues = convert(args.source, args.folder, args.out, through_env=args.played)
+    say(f"{dialogues} dialogues of {args.source} -> {args.out}")
     return 0
 
 
 def _score(args: argparse.Namespace) -> int:
-    print(table_text({args.file.stem: summarise(scored(dialogue) for _, dialogue in read(args.file))}), end="")
-    print("\nLogs have no grades of strategies and no expected strings: ESNDCG, realised and GRE are not measured.")
+    say(table_text({args.file.stem: summarise(scored(dialogue) for _, dialogue in read(args.file))}), end="")
+    say("\nLogs have no grades of strategies and no expected strings: ESNDCG, realised and GRE are not measured.")
     return 0
 
 
 def _schema(args: argparse.Namespace) -> int:
-    print(json.dumps(Dialogue.model_json_schema(), indent=2))
+    say(json.dumps(Dialogue.model_json_schema(), indent=2))
     return 0
 
 

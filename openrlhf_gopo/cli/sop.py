@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from openrlhf_gopo.cli.sop_walk import walk
+from openrlhf_gopo.cli.terminal import say
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.errors import ConfigError, GopoError
 from openrlhf_gopo.sop import Procedure, Sop, load_sop
@@ -42,14 +43,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.schema:
-        print(json.dumps(json_schema(), indent=2))
+        say(json.dumps(json_schema(), indent=2))
         return
     if args.sop is None:
         parser.error("name an SOP file or an environment, or --schema")
     try:
         clean = _run(args)
     except GopoError as error:
-        print(f"sop: error: {error}", file=sys.stderr)
+        say(f"sop: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     raise SystemExit(0 if clean else 1)
 
@@ -73,7 +74,7 @@ def _run(args: argparse.Namespace) -> bool:
         findings += _report(name, procedure, [sop for part, sop in chosen.items() if parts[part][0] is procedure], args)
     if args.graph:
         write_graph(draw(chosen), args.graph)
-        print(f"graph -> {args.graph}")
+        say(f"graph -> {args.graph}")
     if args.walk:
         [(part, sop)] = chosen.items()
         walk(sop, parts[part][0].strategies, sys.stdin, sys.stdout)
@@ -99,20 +100,20 @@ def _report(name: str, procedure: Procedure, chosen: list[Sop], args: argparse.N
     if not chosen:
         return []
     where = f" ({procedure.file})" if procedure.file else ""
-    print(f"{name}{where}: {len(procedure.strategies)} strategies, {len(procedure.sop.parts)} parts")
+    say(f"{name}{where}: {len(procedure.strategies)} strategies, {len(procedure.sop.parts)} parts")
     findings = [] if args.part else list(unoffered(procedure.sop))
     notes: list[Finding] = []
     for sop in chosen:
         report = check(sop, procedure.strategies, limit=args.limit)
-        print(f"  {sop.name}: {_verdict(sop, report, args.limit)}")
+        say(f"  {sop.name}: {_verdict(sop, report, args.limit)}")
         findings += report.findings
         found = {finding.kind for finding in report.findings}
         unanswered = check(sop, procedure.strategies, answered=False, limit=args.limit)
         notes += [finding for finding in unanswered.findings if finding.kind not in found]
     for finding in findings:
-        print(_line(procedure, finding))
+        say(_line(procedure, finding))
     for finding in notes:
-        print(f"note, if questions stay unanswered: {_line(procedure, finding)}")
+        say(f"note, if questions stay unanswered: {_line(procedure, finding)}")
     return findings
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TextIO
 
+from openrlhf_gopo.cli.terminal import say
 from openrlhf_gopo.sop import Sop
 from openrlhf_gopo.types import Strategy
 
@@ -18,13 +19,13 @@ def walk(sop: Sop, catalogue: Iterable[Strategy], source: TextIO, out: TextIO) -
     names = sorted(known.union(sop.facts, *(entry.asks for entry in entries.values())))
     history: list[str] = []
     facts: set[str] = set()
-    print(HELP, file=out)
+    say(HELP, file=out)
     shown = None
     while True:
         if shown != (len(history), len(facts)):
             _show(sop, entries, history, facts, out)
             shown = (len(history), len(facts))
-        print("> ", end="", file=out, flush=True)
+        say("> ", end="", file=out, flush=True)
         line = source.readline()
         words = line.split()
         if not line or words == ["q"]:
@@ -34,16 +35,16 @@ def walk(sop: Sop, catalogue: Iterable[Strategy], source: TextIO, out: TextIO) -
             continue
         choice = _choice(line.strip(), sop.allowed(history, facts))
         if choice not in sop.strategies:
-            print(f"{choice!r}: {HELP}" if choice else HELP, file=out)
+            say(f"{choice!r}: {HELP}" if choice else HELP, file=out)
         elif (reason := sop.why_not(choice, history, facts)) is not None:
-            print(f"{choice} {reason}", file=out)
+            say(f"{choice} {reason}", file=out)
         else:
             history.append(choice)
             asks = entries[choice].asks if choice in entries else ()
-            print(f"used {choice}" + (f"; it asks: +{' +'.join(asks)} gives the answer" if asks else ""), file=out)
+            say(f"used {choice}" + (f"; it asks: +{' +'.join(asks)} gives the answer" if asks else ""), file=out)
             if choice in sop.terminal:
                 break
-    print(f"\nThe walk: {', '.join(history) or 'nothing'}. Facts: {', '.join(sorted(facts)) or 'none'}.", file=out)
+    say(f"\nThe walk: {', '.join(history) or 'nothing'}. Facts: {', '.join(sorted(facts)) or 'none'}.", file=out)
 
 
 def _choice(word: str, allowed: tuple[str, ...]) -> str:
@@ -55,18 +56,18 @@ def _tell(words: list[str], names: list[str], facts: set[str], out: TextIO) -> N
     for fact in (word[1:] for word in words):
         if fact in names:
             facts.add(fact)
-            print(f"{fact} is known", file=out)
+            say(f"{fact} is known", file=out)
         else:
-            print(f"+{fact}: no rule looks at such a fact; choose from {', '.join(names) or 'none'}", file=out)
+            say(f"+{fact}: no rule looks at such a fact; choose from {', '.join(names) or 'none'}", file=out)
 
 
 def _show(sop: Sop, entries: dict[str, Strategy], history: list[str], facts: set[str], out: TextIO) -> None:
     allowed = sop.allowed(history, facts)
-    print(f"\nturn {len(history) + 1}, facts: {', '.join(sorted(facts)) or 'none'}", file=out)
+    say(f"\nturn {len(history) + 1}, facts: {', '.join(sorted(facts)) or 'none'}", file=out)
     if not sop.free(history, facts):
-        print("dead end: the rules forbid everything; only ending the dialogue is left", file=out)
+        say("dead end: the rules forbid everything; only ending the dialogue is left", file=out)
     for number, strategy in enumerate(allowed, 1):
-        print(f"  {number:2} {strategy}: {entries[strategy].description if strategy in entries else ''}", file=out)
+        say(f"  {number:2} {strategy}: {entries[strategy].description if strategy in entries else ''}", file=out)
     for strategy in sop.strategies:
         if strategy not in allowed:
-            print(f"   - {strategy} {sop.why_not(strategy, history, facts)}", file=out)
+            say(f"   - {strategy} {sop.why_not(strategy, history, facts)}", file=out)

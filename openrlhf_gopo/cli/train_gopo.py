@@ -22,11 +22,10 @@ from openrlhf_gopo.config import (
     JudgeConfig,
     LlmConfig,
     PreferenceConfig,
-    default,
-    flags,
     from_flags,
 )
 from openrlhf_gopo.errors import ConfigError, GopoError
+from openrlhf_gopo.flag import add_flags
 from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
 
 SECTIONS = {
@@ -64,7 +63,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line: the usage of 200 flags would bury them."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"train_gopo: error: {message}; --help lists the flags\n")
+        self.exit(2, f"{self.prog.rpartition('.')[2]}: error: {message}; --help lists the flags\n")
 
 
 def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -78,14 +77,7 @@ def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
     other = parser.add_argument_group("other")
     prefixes = {PreferenceConfig: "gopo.pref", LlmConfig: LlmConfig.prefix, JudgeConfig: JudgeConfig.prefix}
     for cls, prefix in {GopoConfig: "gopo", **prefixes}.items():
-        for f in flags(cls):
-            name, meta = f"--{prefix}.{f.name}", f.metadata
-            if meta["kind"] is bool:
-                groups[prefix].add_argument(name, action="store_true", default=default(f), help=meta["help"])
-            else:
-                groups[prefix].add_argument(
-                    name, type=meta["kind"], default=default(f), choices=meta["choices"], help=meta["help"]
-                )
+        add_flags(groups[prefix], cls, prefix)
     for action in upstream._actions:
         if action.dest == "help":
             continue
@@ -179,7 +171,10 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, check, train, report. Every expected error is one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    from openrlhf_gopo.runtime.contract import check_upstream
+
     try:
+        check_upstream(platform.is_cpu)
         args, config = parse(argv)
         platform.activate()  # before transformers is imported
         _run(args, config)

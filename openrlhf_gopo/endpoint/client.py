@@ -22,7 +22,7 @@ import httpx
 
 from openrlhf_gopo.config import LlmConfig
 from openrlhf_gopo.endpoint.cache import Cache
-from openrlhf_gopo.endpoint.post import Poster, excerpt
+from openrlhf_gopo.endpoint.post import Poster, excerpt, without
 from openrlhf_gopo.errors import ConfigError, DialogueError
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,20 @@ class Endpoint:
         else:
             with self._lock:
                 self.usage.cached += 1
-        return Answer(**json.loads(kept))
+        return self._kept(kept)
+
+    def _kept(self, text: str) -> Answer:
+        """An answer from the cache, a file that others may have written."""
+        try:
+            answer = Answer(**json.loads(text))
+        except (ValueError, TypeError, RecursionError):
+            answer = None
+        if answer is None or not isinstance(answer.text, str) or not isinstance(answer.cut, bool):
+            raise DialogueError(
+                f"{self.flag}: {self.settings}.cache {self.config.cache}: holds no answer but {text[:80]!r}; name a "
+                "new file"
+            )
+        return answer
 
     def _ask(self, body: dict[str, Any], until: float) -> Answer:
         variable = f"the environment variable {self.config.api_key_env}"
@@ -174,7 +187,7 @@ class Endpoint:
             choice, usage = reply["choices"][0], reply.get("usage") or {}
             text, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
             prompt, completion = int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, OverflowError):
             raise DialogueError(f"{self.flag}: not a chat completion: {excerpt(raw)}") from None
         if not isinstance(text, str):
             raise DialogueError(f"{self.flag}: a chat completion without text: {excerpt(raw)}")
@@ -183,6 +196,7 @@ class Endpoint:
                 f"{self.flag}: does not count tokens, {self.settings}.budget_tokens {self.config.budget_tokens} cannot "
                 f"be kept; use {self.settings}.budget_requests"
             )
+        text = without(self._key(), text)  # an echo that was written with JSON's escapes
         with self._lock:
             self.usage.prompt_tokens += prompt
             self.usage.completion_tokens += completion
@@ -198,7 +212,7 @@ def _checked(given: str, model: str, url: str) -> str:
     """``url`` without a closing slash."""
     try:
         parts = httpx.URL(url)
-    except httpx.InvalidURL:
+    except (httpx.InvalidURL, UnicodeError):  # a lone surrogate, a label that IDNA refuses
         parts = httpx.URL()
     if parts.userinfo or parts.query or parts.fragment:
         raise ConfigError(  # what the URL holds may be secret

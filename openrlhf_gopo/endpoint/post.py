@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,9 @@ import tenacity
 from openrlhf_gopo.errors import DialogueError
 
 MAX_BODY = 1 << 20  # bytes of one answer
+# At DEBUG it logs the headers of answers, and an endpoint may echo the key in one.
+logging.getLogger("httpcore").setLevel(logging.INFO)
+
 _KEY_LENGTH = 8  # a shorter one is a dummy, as in "EMPTY"
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 20.0  # seconds of back-off, before jitter
 
@@ -85,8 +89,7 @@ class Poster:
         except httpx.RequestError as error:  # of transport: no connection, cut off, timed out
             problem = f"{type(error).__name__} ({error})"
         else:
-            if len(key) >= _KEY_LENGTH:  # some endpoints echo it
-                raw = raw.replace(key.encode(), b"[key]")
+            raw = raw.replace(key.encode(), b"[key]") if len(key) >= _KEY_LENGTH else raw  # some endpoints echo it
             if status == 429 or status >= 500:
                 raise _Transient(f"status {status}: {excerpt(raw)}", _seconds(retry_after))
             if status != 200:
@@ -109,6 +112,11 @@ class Poster:
                 if time.monotonic() > end:  # httpx times single reads, and an endpoint may drip
                     raise _Transient(f"no whole answer in {self.timeout:g} s")
         return response.status_code, response.headers.get("retry-after"), raw
+
+
+def without(key: str, text: str) -> str:
+    """``text`` with ``key`` cut out of it; a short one is a dummy."""
+    return text.replace(key, "[key]") if len(key) >= _KEY_LENGTH else text
 
 
 def excerpt(raw: bytes) -> str:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import gzip
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import capwords
 from typing import Any
 
-from openrlhf_gopo.envs.reading import as_object, folder, get, parse, shorten, split_of
+from openrlhf_gopo.envs.reading import as_object, folder, get, parse, shorten, split_of, texts, unpacked
 from openrlhf_gopo.errors import DataError
 
 LAYOUT = (
@@ -33,6 +34,7 @@ BUTTONS = {
 }  # fmt: skip
 OPTIONAL = re.compile(r"^\W*option\b|\b(?:optional|if|alternatively)\b", re.I)
 END = "End Conversation"  # the button after which a guideline goes on for some customers only
+KEYS = ("names", "amounts")  # of a scenario's product
 SPLITS = {"train": "train", "dev": "heldout", "test": "heldout"}
 
 
@@ -116,11 +118,12 @@ def _manual(root: Path) -> Manual:
     kinds: dict[str, str] = {}
     for kind, actions in get(ontology, "actions", dict, where).items():
         for action in get(ontology["actions"], kind, dict, where, "actions."):
-            slots[action] = tuple(get(actions, action, list, where, f"actions.{kind}."))
+            slots[action] = tuple(texts(actions, action, where, f"actions.{kind}."))
             kinds[action] = kind
     flows: dict[str, Flow] = {}
-    for flow, subflows in get(get(ontology, "intents", dict, where), "subflows", dict, where, "intents.").items():
-        flows[flow] = _flow(root, flow, subflows, kb, guidelines, kinds)
+    named = get(get(ontology, "intents", dict, where), "subflows", dict, where, "intents.")
+    for flow in named:
+        flows[flow] = _flow(root, flow, texts(named, flow, where, "intents.subflows."), kb, guidelines, kinds)
     return Manual(flows, slots, kinds)
 
 
@@ -141,9 +144,9 @@ def _flow(
         raise DataError(
             f"{where}:{title}.subflows: {len(written)} subflows, ontology.json has {len(subflows)}; restore it"
         )
-    required, optional, texts = {}, {}, dict[str, str]()
+    required, optional, said = {}, {}, dict[str, str]()
     for subflow, (name, body) in zip(subflows, written.items(), strict=True):
-        required[subflow] = tuple(get(kb, subflow, list, kb_where))
+        required[subflow] = tuple(texts(kb, subflow, kb_where))
         for index, action in enumerate(required[subflow]):
             if action not in kinds:
                 raise DataError(f"{kb_where}:{subflow}[{index}]: {action!r} is no action of ontology.json; restore it")
@@ -152,8 +155,11 @@ def _flow(
         end = next((index for index, (_, step) in enumerate(steps) if step["button"] == END), len(steps))
         certain = {action: step["text"] for action, step in steps[:end] if not OPTIONAL.search(step["text"])}
         optional[subflow] = frozenset(required[subflow]) - set(certain)
-        other = {action: " ".join([step["text"], *step.get("subtext", [])]) for action, step in steps}
-        texts = {**other, **texts, **certain}
+        other = {
+            action: " ".join([step["text"], *(texts(step, "subtext", at) if "subtext" in step else ())])
+            for action, step in steps
+        }
+        said = {**other, **said, **certain}
     names = dict(zip(subflows, written, strict=True))
     return Flow(
         flow,
@@ -161,7 +167,7 @@ def _flow(
         required,
         optional,
         names,
-        {action: text for action, text in texts.items() if action},
+        {action: text for action, text in said.items() if action},
     )
 
 
@@ -177,15 +183,19 @@ def _documents(root: Path) -> Iterator[tuple[Any, str, str]]:
     """Every dialogue, where it stands, and its split ("" where the file knows none)."""
     full = [path for path in (root / "abcd_v1.1.json", root / "abcd_v1.1.json.gz") if path.is_file()]
     for path in full[:1] or sorted(root.glob("dialogues*.json")) or sorted(root.glob("abcd_sample.json")):
-        raw = path.read_bytes()
-        try:
-            value = parse(gzip.decompress(raw) if path.suffix == ".gz" else raw, str(path))
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise DataError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
+        value = parse(_gunzipped(path) if path.suffix == ".gz" else path.read_bytes(), str(path))
         parts = value if isinstance(value, dict) else {"": value}
         for part in parts:
             for index, dialogue in enumerate(get(parts, part, list, f"{path}:1")):
                 yield dialogue, f"{path}:1:{part}[{index}]", SPLITS.get(part, "")
+
+
+def _gunzipped(path: Path) -> bytes:
+    try:
+        with gzip.open(path) as file:
+            return unpacked(file.read, path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
 
 
 def _record(value: Any, where: str, split: str, manual: Manual) -> Record:
@@ -198,7 +208,7 @@ def _record(value: Any, where: str, split: str, manual: Manual) -> Record:
         raise DataError(f"{where}:delexed: {len(labelled)} turns, original has {len(said)}; restore the record")
     events = [_event(*pair, where, index, manual) for index, pair in enumerate(zip(said, labelled, strict=True))]
     subflow = labelled[0]["targets"][0]
-    if flow not in manual.flows or subflow not in manual.flows[flow].required:
+    if not isinstance(subflow, str) or flow not in manual.flows or subflow not in manual.flows[flow].required:
         raise DataError(f"{where}:delexed[0].targets[0]: {subflow!r} is no subflow of {flow!r} in ontology.json")
     return Record(id_, flow, subflow, _values(scenario, where), tuple(events), split or split_of(id_))
 
@@ -212,7 +222,7 @@ def _event(spoken: Any, labelled: Any, where: str, index: int, manual: Manual) -
     speaker, text = spoken
     if speaker not in ("customer", "agent", "action"):
         raise DataError(f"{where}:original[{index}][0]: {speaker!r} is neither customer, agent nor action")
-    if speaker == "action" and targets[2] not in manual.slots:
+    if speaker == "action" and (not isinstance(targets[2], str) or targets[2] not in manual.slots):
         raise DataError(f"{where}:delexed[{index}].targets[2]: unknown action {targets[2]!r}; ontology.json lists them")
     action = targets[2] if speaker == "action" else ""
     return Event(speaker, shorten(text), action, tuple(map(str, targets[3])))
@@ -221,10 +231,11 @@ def _event(spoken: Any, labelled: Any, where: str, index: int, manual: Manual) -
 def _values(scenario: Mapping[str, Any], where: str) -> dict[str, str]:
     """The scenario by ontology slot, written as a customer would."""
     personal, order = (get(scenario, key, dict, where, "scenario.") for key in ("personal", "order"))
-    product = scenario.get("product") or {}
+    product = get(scenario, "product", dict, where, "scenario.") if scenario.get("product") else {}
+    names, amounts = (get(product, key, list, where, "scenario.product.") if product.get(key) else [] for key in KEYS)
     raw = {**personal, **order, "membership_level": personal.get("member_level")}
-    raw |= {"shipping_option": order.get("shipping_status"), "product": next(iter(product.get("names") or ()), None)}
-    raw["amount"] = next(iter(product.get("amounts") or ()), None)
+    raw |= {"shipping_option": order.get("shipping_status"), "product": next(iter(names), None)}
+    raw["amount"] = next(iter(amounts), None)
     return {slot: write(str(raw[slot])) for slot, write in WRITTEN.items() if raw.get(slot) not in (None, "")}
 
 

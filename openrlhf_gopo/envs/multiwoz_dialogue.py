@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from openrlhf_gopo.envs.multiwoz_db import Row, chosen, query
-from openrlhf_gopo.envs.multiwoz_reader import Want, table
+from openrlhf_gopo.envs.multiwoz_reader import TITLES, Want, table
 from openrlhf_gopo.envs.multiwoz_sop import ASK, BOOKED, LABELS, MORE, QUESTIONS, SLOTS, brief, shown
 from openrlhf_gopo.envs.reading import mentions
 from openrlhf_gopo.envs.replayed import BYE, ReplayDialogue
@@ -223,7 +223,7 @@ class MultiwozDialogue(ReplayDialogue):
         row = self._row()
         values: dict[str, str] = {}
         if row and (strategy == "offer" or (strategy in PRESENT and f"inform:{self._domain}" in self._open())):
-            name = next(name for name in ("leaveAt", "name", "department") if name in row)
+            name = next(name for name in TITLES if name in row)
             values[name] = str(row[name])
         if strategy == "inform" and row and f"{self._domain}.?" in self._told:
             asked = self._case.wants[self._domain].reqt

@@ -10,8 +10,8 @@ A .json file may also be zipped (val.json.zip).
 
 from __future__ import annotations
 
-import io
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,12 +22,15 @@ from typing import Any
 import yaml
 
 from openrlhf_gopo.envs.base import HumanDialogue, HumanTurn
-from openrlhf_gopo.envs.reading import as_object, folder, get, parse, shorten, split_of
+from openrlhf_gopo.envs.reading import as_object, folder, get, parse, shorten, split_of, texts, unpacked
 from openrlhf_gopo.envs.replayed import BYE
 from openrlhf_gopo.errors import DataError
 
 LAYOUT = "point --gopo.data at a folder with MultiWOZ 2.1's data.json or val.json (or .zip) and its db/<domain>_db.json"
 DOMAINS = ("restaurant", "hotel", "attraction", "train", "taxi", "hospital", "police")
+TITLES = ("leaveAt", "name", "department")  # the field that names a row: the first that it has
+# What zipfile raises: no member, damaged, encrypted (RuntimeError), packed in an unknown way (NotImplementedError).
+_NO_ZIP = (zipfile.BadZipFile, KeyError, RuntimeError, EOFError, zlib.error, ValueError, OSError)
 Acts = Mapping[str, Sequence[Sequence[str]]]
 
 
@@ -83,7 +86,7 @@ def read(data: str | None) -> tuple[dict[str, list[dict[str, Any]]], list[Record
     if path is None:
         raise DataError(f"--gopo.data {data}: neither data.json nor val.json in it; {LAYOUT}")
     database = {domain: _rows(root, domain) for domain in DOMAINS}
-    listed = {_id(line) for p in root.glob("*ListFile*") if "train" not in p.name for line in p.read_text().split()}
+    listed = {id_ for p in root.glob("*ListFile*") if "train" not in p.name for id_ in _ids(p)}
     whole = path.name.startswith("data.")
     records = []
     for id_, value in as_object(_json(path), str(path)).items():
@@ -105,18 +108,25 @@ def _id(name: str) -> str:
     return name.strip().removesuffix(".json")
 
 
+def _ids(path: Path) -> list[str]:
+    try:
+        return [_id(line) for line in path.read_text(encoding="utf-8").split()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:byte {error.start}: not UTF-8 ({error.reason}); restore the file") from error
+
+
 def _find(root: Path, name: str) -> Path | None:
     return next((p for p in (root / name, root / f"{name}.zip") if p.is_file()), None)
 
 
 def _json(path: Path) -> Any:
-    raw = path.read_bytes()
-    if path.suffix == ".zip":
-        try:
-            with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-                raw = archive.read(path.stem)
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise DataError(f"{path}: not a zip file that holds {path.stem} ({error}); fetch it again") from error
+    if path.suffix != ".zip":
+        return parse(path.read_bytes(), str(path))
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(path.stem) as file:
+            raw = unpacked(file.read, path)
+    except _NO_ZIP as error:
+        raise DataError(f"{path}: not a zip file that holds {path.stem} ({error}); fetch it again") from error
     return parse(raw, str(path))
 
 
@@ -128,6 +138,11 @@ def _rows(root: Path, domain: str) -> list[dict[str, Any]]:
     rows = _json(path)
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
         raise DataError(f"{path}:1: expected a list of objects; restore the file")
+    for index, row in enumerate(rows) if domain != "taxi" else ():
+        if not any(name in row for name in TITLES):
+            raise DataError(f"{path}:1:[{index}]: has none of {', '.join(TITLES)}; restore the row")
+    for name in {"taxi_colors", "taxi_types"} & set(rows[0]):
+        texts(rows[0], name, f"{path}:1", "[0].")
     return rows
 
 
@@ -147,14 +162,15 @@ def _record(id_: str, value: Any, where: str, split: str) -> Record:
 
 
 def _want(value: Any, where: str, domain: str) -> Want:
-    def texts(key: str) -> dict[str, str]:
+    def values(key: str) -> dict[str, str]:
         found = value.get(key) or {} if isinstance(value, dict) else None
         if not isinstance(found, dict):
             raise DataError(f"{where}:goal.{domain}.{key}: expected dict, got {found!r:.200}; restore the record")
         return {slot: str(v) for slot, v in found.items() if "invalid" not in slot}
 
-    reqt = value.get("reqt") if isinstance(value, dict) else None
-    return Want(texts("info"), tuple(reqt or ()), texts("book"), texts("fail_info"), texts("fail_book"))
+    info = values("info")
+    reqt = texts(value, "reqt", where, f"goal.{domain}.") if value.get("reqt") else ()
+    return Want(info, tuple(reqt), values("book"), values("fail_info"), values("fail_book"))
 
 
 def _turn(turn: Any, where: str, index: int) -> tuple[str, Acts]:
@@ -162,9 +178,16 @@ def _turn(turn: Any, where: str, index: int) -> tuple[str, Acts]:
     acts = turn.get("dialog_act", {})
     if isinstance(acts, str):  # "No Annotation"
         acts = {}
-    if not isinstance(acts, dict) or not all(isinstance(pairs, list) for pairs in acts.values()):
+    if not isinstance(acts, dict) or not all(
+        isinstance(pairs, list) and all(map(_pair, pairs)) for pairs in acts.values()
+    ):
         raise DataError(f"{where}:log[{index}].dialog_act: expected act -> [[slot, value]], got {acts!r:.200}")
     return text, acts
+
+
+def _pair(value: Any) -> bool:
+    """Whether ``value`` is [slot, value]; some have no value, and some values are no text."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], str)
 
 
 def _strategy(acts: Acts, asked: Acts, where: str) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from openrlhf_gopo.errors import ConfigError, DataError
 
 HELDOUT_PERCENT = 20
+MAX_UNPACKED = 1 << 30  # bytes; the largest of these data sets has a quarter of it
 MAX_WORDS = 60  # of one replayed utterance: the reader keeps a verbatim prefix
 CLEAR = {"yes", "no", "true", "false", "n/a", "none"}  # values that occur in any text: never found by looking
 
@@ -24,7 +27,7 @@ def folder(name: str, data: str | None, layout: str) -> Path:
     """
     if data is None:
         raise ConfigError(f"--gopo.data None: the environment {name} needs its data; {layout}")
-    if not Path(data).is_dir():
+    if not os.path.isdir(data):  # False too for a name that is too long, where Path.is_dir raises
         raise DataError(f"--gopo.data {data}: no such folder; {layout}")
     return Path(data)
 
@@ -43,6 +46,20 @@ def parse(text: bytes, path: str, first_line: int = 1) -> Any:
     except UnicodeDecodeError as error:
         line = first_line + text.count(b"\n", 0, error.start)
         raise DataError(f"{path}:{line}:byte {error.start}: not UTF-8 ({error.reason}); restore the file") from error
+    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits; nested too deeply
+        raise DataError(f"{path}:{first_line}: not readable ({error}); restore the file") from error
+
+
+def unpacked(read: Callable[[int], bytes], path: Path) -> bytes:
+    """What an opened archive or member of one holds; ``read`` reads so many bytes of it at most.
+
+    Raises:
+        DataError: more than ``MAX_UNPACKED`` bytes: a few packed ones can be made to fill any memory.
+    """
+    raw = read(MAX_UNPACKED + 1)
+    if len(raw) > MAX_UNPACKED:
+        raise DataError(f"{path}: unpacks to more than {MAX_UNPACKED} bytes (reading.MAX_UNPACKED); fetch it again")
+    return raw
 
 
 def as_object(value: Any, path: str, line: int = 1) -> dict[str, Any]:
@@ -63,6 +80,19 @@ def get(record: Any, key: str, kind: type | tuple[type, ...], where: str, prefix
         expected = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise DataError(f"{where}:{prefix}{key}: expected {expected}, got {value!r:.200}; restore the record")
     return value
+
+
+def texts(record: Any, key: str, where: str, prefix: str = "") -> list[str]:
+    """``record[key]``, checked to be a list of strings.
+
+    Raises:
+        DataError: as ``get``.
+    """
+    values = get(record, key, list, where, prefix)
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise DataError(f"{where}:{prefix}{key}[{index}]: expected str, got {value!r:.200}; restore the record")
+    return values
 
 
 def split_of(dialogue: str) -> str:

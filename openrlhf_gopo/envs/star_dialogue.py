@@ -11,6 +11,7 @@ from openrlhf_gopo.envs.replayed import BYE, ReplayDialogue
 from openrlhf_gopo.envs.star_outcome import of_rounds, standing
 from openrlhf_gopo.envs.star_script import Round, Script, report_ids
 from openrlhf_gopo.envs.star_sop import CONFUSED, HELLO, MORE, Manual, describe
+from openrlhf_gopo.errors import DataError
 from openrlhf_gopo.rewards.text import mentions
 from openrlhf_gopo.types import Goal
 from openrlhf_gopo.users.base import Voice
@@ -99,7 +100,12 @@ class StarDialogue(ReplayDialogue):
         human = [beat.label for beat in self._script.beats if beat.segment == self._segment]
         best = next((label for label in human if label in required), None)
         if best is None:
-            best = next(s.id for s in self._manual.strategies if s.id in required)
+            best = next((s.id for s in self._manual.strategies if s.id in required), None)
+        if best is None:
+            raise DataError(
+                f"--gopo.data: dialogue {self._script.record.id}: no strategy of its tasks does what it needs next, "
+                f"{', '.join(sorted(required)) or 'nothing'}; restore tasks/ and the dialogue"
+            )
         return {s: 3 if s == best else 2 if s in required else int(self._harmless(s)) for s in self._allowed()}
 
     # -- playing ---------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def _record(value: dict[str, Any], where: str, tasks: Mapping[str, Task]) -> Rec
     if not names:
         raise DataError(f"{where}:Scenario.WizardCapabilities: expected at least one task, got none")
     names = list(dict.fromkeys(names))
-    answers = value.get("UserQuestionnaire") or []
+    answers = get(value, "UserQuestionnaire", list, where) if value.get("UserQuestionnaire") else []
     return Record(
         id=str(get(value, "DialogueID", (int, str), where)),
         tasks=tuple(names),

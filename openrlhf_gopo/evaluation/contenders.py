@@ -4,6 +4,9 @@ pair:EXPERT,RESPONDER     two halves; each is one of
                           PATH                    a local Hugging Face model, through vLLM
                           endpoint:MODEL@URL      a model behind an OpenAI-compatible API
                           scripted[:SKILL]        a script that sees the hidden goal; random: its skill 0
+                          memento:FILE            experts only: similar decisions in the training dialogues of FILE,
+                                                  a trajectories.jsonl, vote; memento_q: ranked by a learned Q
+                          advised:FILE:HALF       experts only: HALF, which reads such decisions before it decides
 endpoint:MODEL@URL        one remote model as both halves
 single:PATH               one local model as --gopo.policy single_level trains it
 scripted[:SKILL], random  the script as both halves
@@ -14,21 +17,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.evaluation.scripted import ScriptedPolicy
 
 KINDS = ("pair", "single", "endpoint", "scripted", "random", "human")
-HALVES = ("model", "endpoint", "scripted", "random")
+HALVES = ("model", "endpoint", "scripted", "random", "memento", "memento_q")
+SCRIPTS = ("scripted", "random")
+CASES = ("memento", "memento_q", "advised")  # experts with a case memory
 
 
 @dataclass(frozen=True)
 class Half:
-    """``kind`` is one of ``HALVES``; ``value`` is what follows: a path, MODEL@URL, a skill."""
+    """``kind`` is one of ``HALVES``; ``value`` is what follows: a path, MODEL@URL, a skill.
+
+    ``cases``: the dialogues whose decisions vote (memento), or are shown to it; None without a case memory.
+    """
 
     kind: str
     value: str = ""
+    cases: str | None = None
 
     def script(self) -> ScriptedPolicy:
         """The script of a ``scripted`` or ``random`` half; it makes no slips.
@@ -108,6 +117,8 @@ def _contender(text: str) -> Contender:
         halves = [_half(text, part.strip()) for part in value.split(",")]
         if len(halves) != 2:
             raise ConfigError(f"--policy {text}: a pair has two halves, as in pair:EXPERT,RESPONDER")
+        if halves[1].cases is not None:
+            raise ConfigError(f"--policy {text}: a case memory decides, it writes no replies; give another responder")
         return Contender(name, spec, "pair", halves[0], halves[1])
     half = _half(text, spec)
     return Contender(name, spec, "pair", half, half)
@@ -115,9 +126,14 @@ def _contender(text: str) -> Contender:
 
 def _half(text: str, part: str) -> Half:
     kind, _, value = part.partition(":")
+    if kind in CASES:
+        cases, _, inner = value.partition(":")
+        if not cases or bool(inner) != (kind == "advised"):
+            raise ConfigError(f"--policy {text}: half {part!r}: give memento:FILE, memento_q:FILE or advised:FILE:HALF")
+        return Half(kind, cases=cases) if kind != "advised" else replace(_half(text, inner), cases=cases)
     half = Half(kind, value) if kind in HALVES[1:] else Half("model", part)
     if not part or (half.kind == "endpoint" and not re.fullmatch(r".+?@\w+://.+", value)):
         raise ConfigError(f"--policy {text}: half {part!r}: give a path, endpoint:MODEL@URL, scripted:SKILL or random")
-    if half.kind in ("scripted", "random"):
+    if half.kind in SCRIPTS:
         half.script()
     return half

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class Metrics:
         for index, record in enumerate(_records(Path(path))):
             step = record.get(STEP, index)
             for key, value in record.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value):
+                if _is_finite(value):
                     points.setdefault(key, {})[step] = float(value)
         return cls({key: (sorted(found), [found[step] for step in sorted(found)]) for key, found in points.items()})
 
@@ -72,14 +73,21 @@ def _records(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # no newline after it: the writer was killed
                 continue
             raise DataError(f"{path}:{number}: not JSON ({error}); delete or repair that line") from error
         if not isinstance(record, dict):
             raise DataError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}")
+        if not _is_finite(record.get(STEP, 0)):
+            raise DataError(f"{path}:{number}:{STEP}: expected a number, got {record[STEP]!r:.80}; repair that line")
         records.append(record)
     return records
+
+
+def _is_finite(value: Any) -> bool:
+    """A number that a curve can show."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def write_learning_curves(metrics_jsonl: str | os.PathLike[str], png: str | os.PathLike[str]) -> Path:

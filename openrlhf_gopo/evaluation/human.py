@@ -45,8 +45,8 @@ def sop_share(env: Environment, goals: Iterable[Goal], seed: int = 0) -> SopShar
     """
     count = SopShare()
     for goal in goals:
-        dialogue = env.start(replace(goal, persona={**goal.persona, "patience": math.inf}), seed)
-        turns = _merged(env.human(goal))
+        dialogue = env.start(patient(goal), seed)
+        turns = merged(env.human(goal))
         known = next((index for index, turn in enumerate(turns) if not turn.strategy), len(turns))
         count.unknown += len(turns) - known
         allowed: tuple[str, ...] = dialogue.opening.allowed
@@ -64,7 +64,12 @@ def sop_share(env: Environment, goals: Iterable[Goal], seed: int = 0) -> SopShar
     return count
 
 
-def _merged(turns: Iterable[HumanTurn]) -> list[HumanTurn]:
+def patient(goal: Goal) -> Goal:
+    """``goal`` of a user who never leaves: the human one did not either."""
+    return replace(goal, persona={**goal.persona, "patience": math.inf})
+
+
+def merged(turns: Iterable[HumanTurn]) -> list[HumanTurn]:
     """Without the turns that repeat a strategy before the user said anything: an agent of ours says it all at once."""
     kept: list[HumanTurn] = []
     for turn in turns:

@@ -86,7 +86,7 @@ class _NotJson(DataError):
 def _parse(line: bytes, where: str, streams: bool) -> Trajectory:
     try:
         record = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number too long; nested too deeply
         raise _NotJson(f"{where}: not JSON ({error}); a killed writer leaves such a line: delete it") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
@@ -159,7 +159,16 @@ def _span(value: Any) -> tuple[int, int]:
 
 
 def _number(value: Any) -> float:
-    return float(_is("a number", int, float)(value))
+    try:
+        return float(_is("a number", int, float)(value))
+    except OverflowError:
+        raise _BadField(f"expected a number below 1e308, got one of {value.bit_length()} bits") from None
+
+
+def _grade(value: Any) -> int:
+    if _whole(value) not in (0, 1, 2, 3):
+        raise _BadField(f"expected a grade from 0 to 3, got {value!r:.80}")
+    return value
 
 
 def _optional_text(value: Any) -> str | None:
@@ -195,13 +204,14 @@ _TURN: dict[str, Check] = {
     "reply": _text,
     "briefing": _text,
     "expected": _texts,
-    "relevance": _map_of(_whole),
+    "relevance": _map_of(_grade),
     "probabilities": _map_of(_number),
     "events": _texts,
     "completed": _texts,
     "engagement": _number,
     "on_task": _flag,
     "plan": _text,
+    "version": _whole,
     "expert_logprob": _number,
     "forced": _flag,
     "reply_cut": _flag,

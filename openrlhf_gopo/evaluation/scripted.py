@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from openrlhf_gopo.envs.base import Dialogue, Environment
-from openrlhf_gopo.errors import ConfigError, DialogueError
+from openrlhf_gopo.errors import ConfigError, DialogueError, visible
 from openrlhf_gopo.rewards.custom import Rewards
 from openrlhf_gopo.rollout.agent import Agent, Case, Choice, Reply
 from openrlhf_gopo.rollout.dialogue import BUILT_IN, Limits, run_dialogue
@@ -90,7 +90,7 @@ def play(
     """One scored dialogue without streams, outside of any event loop; see ``run_dialogue``."""
     trajectory = asyncio.run(run_dialogue(env, goal, policy, Limits(), sample=sample, seed=seed, rewards=rewards))
     if trajectory.stop is StopReason.FAILED:
-        logger.warning("sample %d failed: %s", sample, trajectory.cause)
+        logger.warning("sample %d failed: %s", sample, visible(trajectory.cause))
     return trajectory
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from openrlhf_gopo.envs import BUILTIN, load_environment
 from openrlhf_gopo.errors import ConfigError, DataError
-from openrlhf_gopo.logs import abcd, mgshop, multiwoz, star
+from openrlhf_gopo.logs import abcd, mgshop, multiwoz, played, star
 from openrlhf_gopo.logs.check import problems_of, validate
 from openrlhf_gopo.logs.schema import Dialogue
 
@@ -29,8 +30,12 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def convert(source: str, folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
+def convert(
+    source: str, folder: str | os.PathLike[str], out: str | os.PathLike[str], *, through_env: bool = False
+) -> int:
     """Write ``out``, whole or not at all; returns the number of dialogues.
+
+    ``through_env``: the dialogues as the environment of that name plays them (see ``played``), not as they were held.
 
     Raises:
         ConfigError: no such source.
@@ -39,7 +44,7 @@ def convert(source: str, folder: str | os.PathLike[str], out: str | os.PathLike[
     folder, out = Path(folder), Path(out)
     if out.is_dir():
         raise ConfigError(f"--out {out}: is a folder; name the .jsonl file to write")
-    dialogues = converted(source, folder)
+    dialogues = converted(source, folder, through_env)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
     try:
@@ -55,14 +60,18 @@ def convert(source: str, folder: str | os.PathLike[str], out: str | os.PathLike[
     return report.dialogues
 
 
-def converted(source: str, folder: str | os.PathLike[str]) -> Iterator[Dialogue]:
+def converted(source: str, folder: str | os.PathLike[str], through_env: bool = False) -> Iterator[Dialogue]:
     """The dialogues of a data set one by one; raises at once, or at the dialogue, what ``convert`` raises."""
     if source not in SOURCES:
         raise ConfigError(f"source {source!r}: no such converter; choose one of {', '.join(sorted(SOURCES))}")
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the one that holds the {source} data")
-    return (_dialogue(where, record) for where, record in SOURCES[source](folder))
+    if through_env and source not in BUILTIN:
+        choices = ", ".join(sorted(BUILTIN.keys() & SOURCES.keys()))
+        raise ConfigError(f"--played: {source} is no environment; leave the flag out, or convert one of {choices}")
+    found = played.records(load_environment(source, str(folder)), folder) if through_env else SOURCES[source](folder)
+    return (_dialogue(where, record) for where, record in found)
 
 
 def _dialogue(where: str, record: dict[str, Any]) -> Dialogue:

@@ -46,7 +46,28 @@ def records(
             logger.warning("%s: %d dialogues %s", env.name, count, reason)
     for split in SPLITS:
         for goal in env.goals(split):
-            yield f"{folder}: dialogue {goal.data['dialogue']}", _record(env.name, goal, steps(goal))
+            yield where(folder, goal), _record(env.name, goal, steps(goal))
+
+
+def where(folder: Path, goal: Goal) -> str:
+    """Where the human dialogue behind ``goal`` stands, for error messages."""
+    return f"{folder}: dialogue {goal.data['dialogue']}"
+
+
+def record(source: str, goal: Goal, turns: list[dict[str, Any]], stop: StopReason, success: bool) -> dict[str, Any]:
+    """The record of a human dialogue about ``goal``; its rating is ``goal.data["human_success"]``, if that is there."""
+    fields = ("id", "intent", "context", "subgoals", "facts")
+    outcome: dict[str, Any] = {"stop": stop.value, "success": success}
+    if goal.data.get("human_success") is not None:
+        outcome["rating"] = float(goal.data["human_success"])
+    return {
+        "id": goal.id,
+        "source": source,
+        "language": "en",
+        "goal": {name: getattr(goal, name) for name in fields},
+        "turns": turns,
+        "outcome": outcome,
+    }
 
 
 def _record(source: str, goal: Goal, steps: Iterable[Step]) -> dict[str, Any]:
@@ -69,12 +90,4 @@ def _record(source: str, goal: Goal, steps: Iterable[Step]) -> dict[str, Any]:
         if step.strategy == BYE:
             stop = StopReason.CLOSED
         turns.append(turn)
-    fields = ("id", "intent", "context", "subgoals", "facts")
-    return {
-        "id": goal.id,
-        "source": source,
-        "language": "en",
-        "goal": {name: getattr(goal, name) for name in fields},
-        "turns": turns,
-        "outcome": {"stop": (stop if left else StopReason.COMPLETED).value, "success": not left},
-    }
+    return record(source, goal, turns, stop if left else StopReason.COMPLETED, not left)

@@ -90,6 +90,8 @@ class Result(_Strict):
     """Why it ended: failed ones are counted and enter no metric."""
     success: bool
     """True when every subgoal was completed, which is also what ``completed`` says."""
+    rating: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The customer's own answer to how it went, in [0, 1]; default: nobody asked."""
 
 
 class Dialogue(_Strict):

@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 
 from openrlhf_gopo.platform import children, cuda, deepspeed, environment, flash_attn, imports, media, weights
-from openrlhf_gopo.platform.environment import SWITCH, is_cpu
+from openrlhf_gopo.platform.environment import SWITCH, is_cpu, one_process
 from openrlhf_gopo.platform.flags import FLAG_DEFAULTS, check_flags
 
-__all__ = ["FLAG_DEFAULTS", "activate", "activate_in_engine", "check_flags", "is_cpu", "ray_runtime_env"]
+__all__ = ["FLAG_DEFAULTS", "activate", "activate_in_engine", "check_flags", "is_cpu", "one_process", "ray_runtime_env"]
 
 PATCHES = {
     "multiprocessing.spawn": children.activate_spawned,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import socket
 import sys
 
 from openrlhf_gopo.errors import ConfigError
@@ -72,3 +73,15 @@ def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def one_process() -> None:
+    """What a launcher would set for a job of one process, unless one did: or DeepSpeed goes looking for MPI."""
+    if "RANK" in os.environ:  # under torchrun or deepspeed
+        return
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    single = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for name, value in single.items():
+        os.environ.setdefault(name, value)

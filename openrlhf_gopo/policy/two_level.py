@@ -107,20 +107,24 @@ class TwoLevelPolicy:
     def replay(self, trajectory: Trajectory, catalogue: Sequence[Strategy]) -> dict[str, Stream]:
         """The streams by role that a rollout with the turns of ``trajectory`` has, with log-probabilities of 0.
 
-        Plans are none: a trajectory that was not rolled out has no tokens of its own.
+        Plans are none: a trajectory that was not rolled out has no tokens of its own. What a logged turn may lack:
+        where nobody said what was allowed, the whole catalogue was; a strategy that was not allowed is no decision, but
+        stands in the stream; without a strategy the turn has no label there, and no reply in the responder's stream.
         """
         deciding, writing = self.streams(trajectory.goal, catalogue)
         ids, by_id, previous = self.label_ids(catalogue), {s.id: s for s in catalogue}, None
         for turn in trajectory.turns:
             deciding.ask(deciding.message(self.decision_text(previous, turn.user)))
-            if turn.forced:
+            previous, allowed = turn.reply, turn.allowed or tuple(by_id)
+            if not turn.strategy:
+                continue
+            if turn.forced or turn.strategy not in allowed:
                 deciding.force(ids[turn.strategy])
             else:
-                deciding.act([ids[turn.strategy]], [0.0], [ids[s] for s in turn.allowed])
+                deciding.act([ids[turn.strategy]], [0.0], [ids[s] for s in allowed])
             writing.ask(writing.message(self.reply_text(turn.user, by_id[turn.strategy], turn.briefing)))
             reply = writing.template.reply(turn.reply)
             writing.act(reply, [0.0] * len(reply))
-            previous = turn.reply
         builders = {EXPERT: deciding, RESPONDER: writing}
         return {role: builders[role].stream for role in self.roles}
 

@@ -56,7 +56,7 @@ class RemoteReward:
         try:
             found = json.loads(raw)["rewards"]
             reward = found[0] if isinstance(found, list) and len(found) == 1 else found
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             reward = None
         if isinstance(reward, bool) or not isinstance(reward, (int, float)):
             raise DialogueError(f'{poster.flag}: answered {excerpt(raw)}; one dialogue needs {{"rewards": [NUMBER]}}')

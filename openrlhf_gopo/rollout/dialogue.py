@@ -17,6 +17,7 @@ from openrlhf_gopo.errors import DialogueError, StreamError
 from openrlhf_gopo.rewards.custom import Rewards
 from openrlhf_gopo.rewards.joint import score
 from openrlhf_gopo.rollout.agent import Agent, Case, Policy
+from openrlhf_gopo.rollout.gate import Gate
 from openrlhf_gopo.types import Goal, Outcome, StopReason, Trajectory, Turn
 
 T = TypeVar("T")
@@ -38,7 +39,12 @@ class Limits:
 
 def dialogue_seed(seed: int, goal: Goal, sample: int) -> int:
     """The user simulator's seed in dialogue ``sample`` about ``goal`` of a run with ``seed``."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{goal.id}:{sample}".encode()).digest()[:6], "big")
+    return seed_of(f"{seed}:{goal.id}:{sample}")
+
+
+def seed_of(key: str) -> int:
+    """48 bits that depend on all of ``key``, the same in every process."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
 
 
 async def run_dialogue(
@@ -50,8 +56,9 @@ async def run_dialogue(
     sample: int = 0,
     seed: int = 0,
     rewards: Rewards = BUILT_IN,
+    gate: Gate | None = None,
 ) -> Trajectory:
-    """Play ``goal`` to its end and score it. ``seed`` is the user simulator's.
+    """Play ``goal`` to its end and score it. ``seed`` is the user simulator's; ``gate`` is passed at every turn.
 
     Returns:
         The trajectory, with the streams of the roles that are sampled. If the environment, a reward or the policy
@@ -60,7 +67,7 @@ async def run_dialogue(
         dialogue's fault and propagates. When the responder has no room left (MAX_TOKENS), the last decision is one
         that no turn carried out.
     """
-    run = _Run(env, goal, policy, limits, sample, seed)
+    run = _Run(env, goal, policy, limits, Trajectory(goal, sample, seed), gate or Gate())
     try:
         await run.play()
         scores = await run.call(lambda: score(run.trajectory))
@@ -75,33 +82,26 @@ async def run_dialogue(
 class _Run:
     """The state of one dialogue under way."""
 
-    def __init__(self, env: Environment, goal: Goal, policy: Policy, limits: Limits, sample: int, seed: int) -> None:
+    def __init__(
+        self, env: Environment, goal: Goal, policy: Policy, limits: Limits, trajectory: Trajectory, gate: Gate
+    ) -> None:
         self.env, self.goal, self.policy, self.limits = env, goal, policy, limits
-        self.trajectory = Trajectory(goal, sample, seed)
+        self.trajectory, self.gate = trajectory, gate
 
     async def play(self) -> None:
         agent = await self._open()
         dialogue, observation = self.dialogue, self.dialogue.opening
-        past = self.trajectory.turns
         for _ in range(self.limits.max_turns or self.env.turn_limit(self.goal)):
             turn = Turn(user=observation.user, allowed=observation.allowed, strategy="", reply="")
             turn.relevance = await self.call(dialogue.relevance)
             with self._blame():
                 self._check_relevance(turn.relevance)
-            choice = await agent.expert.choose(past, turn)
-            if choice is None:
+            async with self.gate:
+                turn.version = self.gate.version
+                played = await self._play_turn(agent, turn)
+            if not played:
                 self.trajectory.stop = StopReason.MAX_TOKENS
                 return
-            turn.strategy, turn.expert_logprob, turn.plan = choice.strategy, choice.logprob, choice.plan
-            turn.invalid = choice.invalid
-            turn.probabilities, turn.forced = choice.probabilities, len(turn.allowed) == 1
-            turn.briefing = await self.call(partial(dialogue.briefing, turn.strategy))
-            turn.expected = await self.call(partial(dialogue.expected, turn.strategy))
-            reply = await agent.responder.write(past, turn)
-            if reply is None:
-                self.trajectory.stop = StopReason.MAX_TOKENS
-                return
-            turn.reply, turn.reply_cut = reply.text, reply.cut
             outcome = await self.call(partial(dialogue.step, turn.strategy, turn.reply))
             with self._blame():
                 self._record(turn, outcome)
@@ -111,6 +111,23 @@ class _Run:
             assert outcome.next is not None  # _record checked it
             observation = outcome.next
         self.trajectory.stop = StopReason.MAX_TURNS
+
+    async def _play_turn(self, agent: Agent, turn: Turn) -> bool:
+        """The agent's side of ``turn``; False when a stream has no room for it."""
+        past = self.trajectory.turns
+        choice = await agent.expert.choose(past, turn)
+        if choice is None:
+            return False
+        turn.strategy, turn.expert_logprob, turn.plan = choice.strategy, choice.logprob, choice.plan
+        turn.invalid = choice.invalid
+        turn.probabilities, turn.forced = choice.probabilities, len(turn.allowed) == 1
+        turn.briefing = await self.call(partial(self.dialogue.briefing, turn.strategy))
+        turn.expected = await self.call(partial(self.dialogue.expected, turn.strategy))
+        reply = await agent.responder.write(past, turn)
+        if reply is None:
+            return False
+        turn.reply, turn.reply_cut = reply.text, reply.cut
+        return True
 
     async def _open(self) -> Agent:
         catalogue = await self.call(lambda: list(self.env.catalogue(self.goal)))

@@ -7,6 +7,10 @@ vllm_engine.py:17), so everything a dialogue needs arrives with its request, in 
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import repeat
 from typing import Any
 
 from openrlhf.utils.agent import AgentExecutorBase
@@ -16,32 +20,55 @@ from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.rewards.custom import load_rewards
 from openrlhf_gopo.rollout.dialogue import run_dialogue
 from openrlhf_gopo.rollout.engine import Generate, Generation, Sampling
+from openrlhf_gopo.rollout.gate import Gate
 from openrlhf_gopo.rollout.sampled import SampledPolicy
-from openrlhf_gopo.runtime.requests import DialogueRequest, build_policy
+from openrlhf_gopo.runtime.requests import DialogueRequest, Switch, build_policy
 from openrlhf_gopo.types import StopReason, Trajectory
 
 
 class AgentExecutor(AgentExecutorBase):
     """Plays dialogues; upstream's rollout actor calls ``execute`` once per sample, all of them at once."""
 
+    def __init__(self) -> None:
+        self._alone, self._gate = asyncio.Lock(), Gate()
+
     async def execute(
         self,
         prompt: str,
-        label: DialogueRequest,
+        label: DialogueRequest | Switch,
         sampling_params: Any,
         max_length: int,
         hf_tokenizer: Any,
         llm_engine: Any,
         images: Any = None,
-    ) -> Trajectory:
-        """One dialogue. A failed one is run again with the same seed, ``attempts`` times in all."""
+    ) -> Trajectory | None:
+        """One dialogue. A failed one is run again with the same seed, ``attempts`` times in all.
+
+        A ``Switch`` is no dialogue: closing the gate returns when no turn, or no dialogue, is inside any more.
+        """
+        if isinstance(label, Switch):
+            if label.version is None:
+                await self._gate.close()
+            else:
+                self._gate.open(label.version)
+            return None
+        self._gate.version = max(self._gate.version, label.version)
+        sample = label.claim()
+        async with self._alone if label.deterministic else nullcontext():
+            if label.per_turn:
+                return await self._play(label, sample, llm_engine, self._gate)
+            async with self._gate:
+                return await self._play(label, sample, llm_engine, Gate(self._gate.version))
+
+    async def _play(self, label: DialogueRequest, sample: int, engine: Any, gate: Gate) -> Trajectory:
         env, prompting = build_policy(label.spec)
         rewards = load_rewards(label.rewards)
-        responder = _local(llm_engine)
-        expert = responder if label.expert_engine is None else remote(label.expert_engine)
-        policy = SampledPolicy(prompting, {EXPERT: expert, RESPONDER: responder}, label.limits)
-        sample = label.claim()
         for attempt in range(label.attempts):
+            responder = _local(engine, label.sampling_seeds(sample, RESPONDER))
+            seeds = label.sampling_seeds(sample, EXPERT)
+            own = label.expert_engine is not None
+            expert = remote(label.expert_engine, seeds) if own else _local(engine, seeds)
+            policy = SampledPolicy(prompting, {EXPERT: expert, RESPONDER: responder}, label.limits)
             trajectory = await run_dialogue(
                 env,
                 label.goal,
@@ -50,18 +77,20 @@ class AgentExecutor(AgentExecutorBase):
                 sample=sample,
                 seed=label.dialogue_seed(sample),
                 rewards=rewards,
+                gate=gate,
             )
             if trajectory.stop is not StopReason.FAILED or attempt == label.attempts - 1:
                 break
         return trajectory
 
 
-def sampling_params(sampling: Sampling) -> SamplingParams:
+def sampling_params(sampling: Sampling, seed: int | None = None) -> SamplingParams:
     """vLLM's form. No ``min_tokens``: it would mask the stop token and bend the distribution that is trained on."""
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        seed=seed,
         stop_token_ids=None if sampling.stop_token is None else [sampling.stop_token],
         allowed_token_ids=None if sampling.allowed is None else list(sampling.allowed),
         # The sampled token's own, under the distribution it was drawn from (processed_logprobs), or all allowed ones.
@@ -79,17 +108,20 @@ def _generation(output: Any, sampling: Sampling) -> Generation:
     return Generation(tokens, logprobs, [float(completion.logprobs[0][t].logprob) for t in asked])
 
 
-def _local(engine: Any) -> Generate:
+def _local(engine: Any, seeds: Iterator[int | None]) -> Generate:
     async def generate(tokens: list[int], sampling: Sampling) -> Generation:
-        return _generation(await engine.generate(list(tokens), sampling_params(sampling)), sampling)
+        output = await engine.generate(list(tokens), sampling_params(sampling, next(seeds)))
+        return _generation(output, sampling)
 
     return generate
 
 
-def remote(engine: Any) -> Generate:
-    """``engine`` is a rollout actor in another process."""
+def remote(engine: Any, seeds: Iterator[int | None] | None = None) -> Generate:
+    """``engine`` is a rollout actor in another process. ``seeds``: one per call; None: the engine's own generator."""
+    seeds = repeat(None) if seeds is None else seeds
 
     async def generate(tokens: list[int], sampling: Sampling) -> Generation:
-        return _generation(await engine.generate.remote(list(tokens), sampling_params(sampling)), sampling)
+        output = await engine.generate.remote(list(tokens), sampling_params(sampling, next(seeds)))
+        return _generation(output, sampling)
 
     return generate

@@ -13,6 +13,7 @@ from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy
 from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rewards.joint import parse_weights
+from openrlhf_gopo.runtime.requests import check_determinism
 from openrlhf_gopo.types import Goal
 
 
@@ -29,6 +30,7 @@ def check_flags(args: SimpleNamespace, config: GopoConfig) -> None:
         except ConfigError as error:
             raise ConfigError(f"--gopo.{flag}: {error}") from error
     _check_supported(args, config)
+    _check_asynchronous(args)
     _check_lora(args)
     _check_placement(args, config)
     _check_batches(args, config)
@@ -56,16 +58,17 @@ def check_dialogues(args: SimpleNamespace, config: GopoConfig, env: Environment,
 def gpus_needed(args: SimpleNamespace, config: GopoConfig) -> int:
     """GPUs that all groups and engines together ask for."""
     actor = args.actor.num_nodes * args.actor.num_gpus_per_node
+    engines = args.vllm.num_engines * args.vllm.tensor_parallel_size
+    if config.own_expert:
+        engines += (config.expert_num_engines or args.vllm.num_engines) * args.vllm.tensor_parallel_size
     if args.train.colocate_all:
-        return actor
+        return actor + (engines if args.train.async_enable else 0)
     reference = args.ref.num_nodes * args.ref.num_gpus_per_node if args.algo.kl.init_coef > 0 else 0
     if args.train.colocate_actor_ref:
         reference = 0
     critics = bool(args.critic.model_name_or_path) + config.expert_has_critic
     critic = args.critic.num_nodes * args.critic.num_gpus_per_node * critics
-    engines = args.vllm.num_engines * args.vllm.tensor_parallel_size
     if config.own_expert:
-        engines += (config.expert_num_engines or args.vllm.num_engines) * args.vllm.tensor_parallel_size
         actor += args.expert.num_nodes * args.expert.num_gpus_per_node
         reference *= 2
     return actor + reference + critic + engines
@@ -112,7 +115,6 @@ def _try_rewards(config: GopoConfig, goal: Goal) -> None:
 
 def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
     unsupported = {
-        "--train.async_enable": (args.train.async_enable, "asynchronous training of two policies is not there yet"),
         "--ds.ring_attn_size": (args.ds.ring_attn_size > 1, "the expert's decisions are not sliced over a ring"),
         "--data.max_images_per_prompt": (args.data.max_images_per_prompt > 0, "dialogues are text"),
         "--vllm.sync_with_ray": (
@@ -128,6 +130,7 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
             f"--ds.zero_stage {args.ds.zero_stage}: with --train.dynamic_batch_enable upstream's critic would learn "
             "from the last micro-batch of each step alone (DeepSpeed keeps no other); use --ds.zero_stage 3 or 0"
         )
+    check_determinism(args, config)
     if not args.vllm.num_engines:
         raise ConfigError(f"--vllm.num_engines {args.vllm.num_engines}: dialogues need vLLM; give 1 or more")
     if args.algo.kl.target:
@@ -146,6 +149,19 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
         raise ConfigError(
             f"--rollout.n_samples_per_prompt {args.rollout.n_samples_per_prompt}: preferences compare trajectories of "
             "one goal; give 2 or more"
+        )
+
+
+def _check_asynchronous(args: SimpleNamespace) -> None:
+    """--train.async_enable: stale samples need their correction."""
+    if not args.train.async_enable:
+        return
+    if args.train.async_queue_size < 1:
+        raise ConfigError(f"--train.async_queue_size {args.train.async_queue_size}: give 1 or more")
+    if args.algo.advantage.is_correction_level == "off":
+        raise ConfigError(
+            "--train.async_enable: dialogues are older than the weights that learn from them; add "
+            "--algo.advantage.is_correction_level token (or sequence, geometric)"
         )
 
 
@@ -232,14 +248,15 @@ def _check_placement(args: SimpleNamespace, config: GopoConfig) -> None:
                 f"({args.ref.num_nodes * args.ref.num_gpus_per_node}), got {ranks}"
             )
         engines = (config.expert_num_engines if name == "expert" else None) or args.vllm.num_engines
-        if args.train.colocate_all and ranks != engines * args.vllm.tensor_parallel_size:
+        hybrid = args.train.colocate_all and not args.train.async_enable
+        if hybrid and ranks != engines * args.vllm.tensor_parallel_size:
             raise ConfigError(
                 f"--train.colocate_all: {name} has {ranks} ranks and {engines} engines of "
                 f"{args.vllm.tensor_parallel_size}; they must cover the same GPUs"
             )
     if args.train.colocate_all:
         _check_same_gpus(args, config, roles)
-    if args.train.colocate_all and len(roles) == 2:
+    if args.train.colocate_all and not args.train.async_enable and len(roles) == 2:
         share = args.vllm.gpu_memory_utilization
         both = share + (config.expert_gpu_memory_utilization or share)
         if both > 1:

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import ray
+from tqdm import tqdm
 
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
+from openrlhf_gopo.endpoint import Endpoint
 from openrlhf_gopo.envs import load_environment
-from openrlhf_gopo.errors import ConfigError, GopoError
-from openrlhf_gopo.evaluation.contenders import Contender, Half
+from openrlhf_gopo.errors import ConfigError, DataError, GopoError
+from openrlhf_gopo.evaluation.case_memory import CaseMemory
+from openrlhf_gopo.evaluation.contenders import CASES, SCRIPTS, Contender, Half
+from openrlhf_gopo.evaluation.costs import add_usage, cost_table
+from openrlhf_gopo.evaluation.endpoint import EndpointPolicy, Prices
 from openrlhf_gopo.evaluation.human import logged
+from openrlhf_gopo.evaluation.memento import CaseAdvice, CaseVote
+from openrlhf_gopo.evaluation.records import read_trajectories
 from openrlhf_gopo.evaluation.references import add_reference_scores
 from openrlhf_gopo.evaluation.run import Job, evaluate
 from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
 from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
-from openrlhf_gopo.rollout.agent import Halves, Policy
+from openrlhf_gopo.rollout.agent import Advice, Halves, Policy
 from openrlhf_gopo.rollout.sampled import SampledPolicy, TokenLimits
 from openrlhf_gopo.runtime.checks import check_budget
 from openrlhf_gopo.runtime.engines import Engines
@@ -59,6 +68,14 @@ class Evaluation:
         self.rewards = load_rewards(RewardSpec.of(config))
         self.engines = Engines(args, max(len(contender.models) for contender in contenders))
 
+    def costs(self, played: Mapping[str, Sequence[Trajectory]], prices: Prices | None) -> str:
+        """What the contenders needed, as a Markdown table."""
+        folders = {contender.name: self._folder(contender) for contender in self.contenders}
+        return cost_table({name: (trajectories, folders[name]) for name, trajectories in played.items()}, prices)
+
+    def _folder(self, contender: Contender) -> Path:
+        return self.out / "policies" / contender.folder
+
     def run(self) -> tuple[dict[str, list[Trajectory]], dict[str, str]]:
         """By name: the scored dialogues of each contender, and why others could not be evaluated."""
         played: dict[str, list[Trajectory]] = {}
@@ -79,7 +96,7 @@ class Evaluation:
         """
         if contender.kind == "human":
             return logged(self.env, self.config.data, contender.file, self.goals)
-        folder = self.out / "policies" / contender.folder
+        folder = self._folder(contender)
         folder.mkdir(parents=True, exist_ok=True)
         self._check_settings(contender, folder / "settings.json")
         limits = TokenLimits(
@@ -92,11 +109,12 @@ class Evaluation:
             responder_top_p=self.args.rollout.top_p,
             probabilities=True,
         )
+        endpoints: list[Endpoint] = []
         jobs = Job.of(self.goals, self.args.eval.n_samples_per_prompt, self.args.train.seed)
         played = evaluate(
             self.env,
             jobs,
-            lambda: self._policy(contender, limits),
+            lambda: self._policy(contender, limits, folder, endpoints),
             limits,
             folder / "trajectories.jsonl",
             concurrency=self.args.concurrency,
@@ -104,20 +122,59 @@ class Evaluation:
             label=contender.name,
             rewards=self.rewards,
         )
-        trajectories = asyncio.run(played)
+        start = time.time()
+        try:
+            trajectories = asyncio.run(played)
+        finally:
+            add_usage(folder, endpoints, time.time() - start)
         add_reference_scores(self.env, trajectories)
         return trajectories
 
-    def _policy(self, contender: Contender, limits: TokenLimits) -> Policy:
+    def _policy(self, contender: Contender, limits: TokenLimits, folder: Path, endpoints: list[Endpoint]) -> Policy:
         expert, responder = contender.expert, contender.responder
-        sampled = self._sampled(contender, limits) if contender.models else None
+        advice = self._advice(expert, folder)
+        sampled = self._sampled(contender, limits, advice) if contender.models else None
 
         def half(of: Half) -> Policy:
-            return sampled if of.kind == "model" else of.script()
+            if of.kind == "model":
+                return sampled
+            if of.kind == "endpoint":
+                return self._remote(of, advice if of is expert else None, endpoints)
+            if of.kind in SCRIPTS:
+                return of.script()
+            return CaseVote(self._memory(of.cases, folder), by_q=of.kind == "memento_q")
 
         return half(expert) if expert == responder else Halves(half(expert), half(responder))
 
-    def _sampled(self, contender: Contender, limits: TokenLimits) -> SampledPolicy:
+    def _remote(self, half: Half, advice: Advice | None, endpoints: list[Endpoint]) -> EndpointPolicy:
+        model, _, url = half.value.partition("@")
+        llm = replace(self.config.llm, max_new_tokens=self.config.reply_max_tokens)
+        endpoint = Endpoint("--policy endpoint", model, url, llm)
+        endpoints.append(endpoint)
+        options = {"timeout": self.config.user_timeout, "seed": self.args.train.seed, "advice": advice}
+        return EndpointPolicy(endpoint, names_only=self.config.names_only, **options)
+
+    def _advice(self, expert: Half, folder: Path) -> Advice | None:
+        if expert.cases is None or expert.kind in CASES:
+            return None
+        return CaseAdvice(self._memory(expert.cases, folder))
+
+    def _memory(self, cases: str, folder: Path) -> CaseMemory:
+        """The decisions in the training dialogues of ``cases``; kept beside the dialogues that it plays."""
+        kept = folder / "cases.jsonl"
+        if kept.exists():
+            memory = CaseMemory.load(kept)
+        else:
+            memory = CaseMemory()
+            for trajectory in tqdm(read_trajectories(cases, torn="skip", streams=False), desc="case memory"):
+                memory.add(trajectory)
+            if not len(memory):
+                raise DataError(f"{cases}: no decision of a dialogue that did not fail; give training dialogues")
+            memory.save(kept)
+        memory.frozen = True
+        return memory
+
+    def _sampled(self, contender: Contender, limits: TokenLimits, advice: Advice | None) -> SampledPolicy:
         """The streams of local models; a half that is not local borrows the other's tokenizer, and is never used."""
         halves = {EXPERT: contender.expert, RESPONDER: contender.responder}
         local = {role: half.value for role, half in halves.items() if half.kind == "model"}
@@ -133,7 +190,8 @@ class Evaluation:
         )
         check_budget(self.args, self.config, self.env, prompting, self.goals)
         self.engines.start(contender.models)
-        return SampledPolicy(prompting, {role: self.engines.generate(model) for role, model in local.items()}, limits)
+        generate = {role: self.engines.generate(model) for role, model in local.items()}
+        return SampledPolicy(prompting, generate, limits, advice)
 
     def _check_settings(self, contender: Contender, path: Path) -> None:
         now = {"policy": contender.spec, **{f"--{name}": value for name, value in self.fixed.items()}}

@@ -16,6 +16,7 @@ from openrlhf.trainer.ray.launcher import RayActorGroup
 from openrlhf.trainer.ray.ppo_critic import CriticModelActor
 from openrlhf.utils import get_strategy, get_tokenizer
 from ray.util.placement_group import placement_group
+from transformers import set_seed
 
 from openrlhf_gopo import platform
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
@@ -24,7 +25,9 @@ from openrlhf_gopo.rewards.joint import parse_weights
 from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.runtime import agent
 from openrlhf_gopo.runtime.actors import RolePolicyActor, RoleReferenceActor
+from openrlhf_gopo.runtime.checkpoint import Checkpoints
 from openrlhf_gopo.runtime.checks import gpus_needed
+from openrlhf_gopo.runtime.liveness import watched
 from openrlhf_gopo.runtime.requests import build_policy, policy_spec
 from openrlhf_gopo.runtime.roles import Role, make_roles
 from openrlhf_gopo.runtime.samples_generator import RolloutSpec
@@ -50,6 +53,8 @@ def rollout_spec(args: SimpleNamespace, config: GopoConfig) -> RolloutSpec:
 def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str, list[Trajectory]]:
     """Build both roles, train them, save them; returns the held-out dialogues before and after."""
     clock = [psutil.Process().create_time(), time.time()]
+    checkpoints = Checkpoints(args, config, results)
+    checkpoints.open()
     init_ray(gpus_needed(args, config), config.worker_logs)
     clock.append(time.time())
     roles = make_roles(args, config)
@@ -61,17 +66,27 @@ def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str,
         name: get_tokenizer(role.args.actor.model_name_or_path, None, "left", role.strategy, use_fast=fast)
         for name, role in roles.items()
     }
-    trainer = GOPOTrainer(get_strategy(args), roles, env, config, spec, tokenizers, len(policy.labels), results)
-    load_models(roles, trainer.max_steps)
-    clock.append(time.time())
-    parts = [after - before for before, after in pairwise(clock)]
-    trainer.log_metrics(0, dict(zip(("timing/imports", "timing/ray", "timing/models"), parts, strict=True)))
-    phases = trainer.fit()
+    set_seed(args.train.seed)  # upstream seeds its actors, not the driver, which draws the order of the goals
+    strategy, labels = get_strategy(args), len(policy.labels)
+    trainer = GOPOTrainer(strategy, roles, env, config, spec, tokenizers, labels, results, checkpoints)
+    checkpoints.apply(roles)
+    with watched(roles, args.ckpt.path):
+        load_models(roles, trainer.max_steps)
+        clock.append(time.time())
+        parts = [after - before for before, after in pairwise(clock)]
+        timings = dict(zip(("timing/imports", "timing/ray", "timing/models"), parts, strict=True))
+        trainer.log_metrics(checkpoints.resumed.step if checkpoints.resumed else 0, timings)
+        phases = trainer.fit()
+        save_models(roles, args)
+    return phases
+
+
+def save_models(roles: dict[str, Role], args: SimpleNamespace) -> None:
+    """Write the trained models into --ckpt.output_dir."""
     saved = {id(role.actor): role for role in roles.values()}  # one model when shared
     ray.get([ref for role in saved.values() for ref in role.actor.async_save_model()])
     if args.critic.save_value_network:
         ray.get([ref for role in roles.values() if role.critic is not None for ref in role.critic.async_save_model()])
-    return phases
 
 
 def init_ray(gpus: int, worker_logs: bool = False) -> None:
@@ -126,7 +141,8 @@ def _place_role(role: Role, everything: Any, *, policies: int) -> None:
     # Upstream gives each of actor, reference, critic and engine a fifth of a GPU; two policies share that one GPU.
     share = (0.2 if policies == 1 else 0.1) if everything else (0.2 if together else 1)
     copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
-    role.engines = engines(args, args.actor.model_name_or_path, everything)
+    # Engines that roll out while models learn stand on GPUs of their own, as upstream's do.
+    role.engines = engines(args, args.actor.model_name_or_path, None if args.train.async_enable else everything)
 
     def group(where: SimpleNamespace, actor_class: Any, bundle: Any, part: float) -> RayActorGroup:
         return RayActorGroup(

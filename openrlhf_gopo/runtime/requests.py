@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,7 @@ from openrlhf_gopo.envs import Environment, load_environment
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
 from openrlhf_gopo.rewards.custom import RewardSpec
-from openrlhf_gopo.rollout.dialogue import dialogue_seed
+from openrlhf_gopo.rollout.dialogue import dialogue_seed, seed_of
 from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.types import Goal
 from openrlhf_gopo.users import UserSpec
@@ -34,9 +36,21 @@ class PolicySpec:
     user: UserSpec | None = None
 
 
+@dataclass(frozen=True)
+class Switch:
+    """Sent to a rollout actor around a change of weights: ``version`` None closes its gate, a number opens it again."""
+
+    version: int | None
+
+
 @dataclass
 class DialogueRequest:
-    """One group: K dialogues about ``goal``. ``expert_engine`` is None when one engine serves both roles."""
+    """One group: K dialogues about ``goal``. ``expert_engine`` is None when one engine serves both roles.
+
+    ``deterministic``: every token is drawn from a seed of its own, and dialogues of one engine take turns, so that what
+    a model computes does not depend on what else is in its batch. ``version``: updates that the weights have had.
+    ``per_turn``: weights may change between its turns, not only between dialogues (--gopo.version_switch).
+    """
 
     goal: Goal
     spec: PolicySpec
@@ -45,6 +59,9 @@ class DialogueRequest:
     common_random_numbers: bool
     attempts: int
     rewards: RewardSpec = field(default_factory=RewardSpec)
+    deterministic: bool = False
+    version: int = 0
+    per_turn: bool = False
     expert_engine: Any = None
     _claimed: int = field(default=0, repr=False)
 
@@ -56,6 +73,32 @@ class DialogueRequest:
     def dialogue_seed(self, sample: int) -> int:
         """Seed of the user simulator: of (run, goal, sample), or of (run, goal) with common random numbers."""
         return dialogue_seed(self.seed, self.goal, 0 if self.common_random_numbers else sample)
+
+    def sampling_seeds(self, sample: int, role: str) -> Iterator[int | None]:
+        """One seed per call of the role's engine; None (the engine's own generator) unless ``deterministic``."""
+        for call in count():
+            yield seed_of(f"{self.seed}:{self.goal.id}:{sample}:{role}:{call}") if self.deterministic else None
+
+
+def check_determinism(args: SimpleNamespace, config: GopoConfig) -> None:
+    """``--train.full_determinism_enable``: what an engine computes must not depend on what it computed before.
+
+    Raises:
+        ConfigError: flags under which it would.
+    """
+    if not args.train.full_determinism_enable:
+        return
+    if args.vllm.enable_prefix_caching:
+        raise ConfigError(
+            "--vllm.enable_prefix_caching: with --train.full_determinism_enable the rounding of a prompt would depend "
+            "on what is in the cache; leave one out"
+        )
+    engines = config.expert_num_engines or args.vllm.num_engines
+    if config.own_expert and engines != args.vllm.num_engines:
+        raise ConfigError(
+            f"--gopo.expert_num_engines {engines}: with --train.full_determinism_enable every engine of the responder "
+            f"needs an engine of the expert for itself; give --vllm.num_engines {args.vllm.num_engines}"
+        )
 
 
 def policy_spec(args: SimpleNamespace, config: GopoConfig) -> PolicySpec:

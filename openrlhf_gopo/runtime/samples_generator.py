@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +58,10 @@ class GOPOSamplesGenerator(SamplesGenerator):
         super().__init__(*args, **kwargs)
         self.expert_engines, self.spec = expert_engines, spec
         self.trajectories = folder / "trajectories.jsonl"
-        self._requests = count()
-        self._rollouts = count()
+        self._requests = self._rollouts = 0
+        self._places: dict[str, int] = {}
         self._seed = spec.seed
+        self.version = 0  # updates that the engines' weights have had; the trainer counts
 
     def generate_samples(self, **generate_kwargs: Any) -> tuple[list[DialogueSample], float | None, int, bool]:
         """One training batch; users differ from one batch to the next, reproducibly.
@@ -69,7 +69,8 @@ class GOPOSamplesGenerator(SamplesGenerator):
         Raises:
             DialogueError: more dialogues failed than --gopo.max_failure_rate allows.
         """
-        self._seed = self.spec.seed + 1 + next(self._rollouts)
+        self._rollouts += 1
+        self._seed = self.spec.seed + self._rollouts
         self._wake_expert()
         samples, rate, consumed, exhausted = super().generate_samples(**generate_kwargs)
         self._sleep_expert()
@@ -87,6 +88,28 @@ class GOPOSamplesGenerator(SamplesGenerator):
             self.trajectories = training
             self._sleep_expert()
 
+    def state(self) -> dict[str, Any]:
+        """Where seeds and data stand, for a checkpoint; ``buffered`` holds the rest."""
+        drained = getattr(self, "_dataloader_iter", None) is None
+        return {"rollouts": self._rollouts, "requests": self._requests, "drained": drained}
+
+    @property
+    def buffered(self) -> list[Trajectory]:
+        """Dialogues that were played and not yet trained on (--rollout.vllm_generate_batch_size)."""
+        return [sample.trajectory for sample in getattr(self, "_sample_buffer", [])]
+
+    def restore(self, state: Mapping[str, Any], buffered: Sequence[Trajectory]) -> None:
+        """Go on from ``state``; the data loader has its own state back already."""
+        self._rollouts, self._requests = state["rollouts"], state["requests"]
+        self._sample_buffer = [DialogueSample.of(t, self.spec.reward_weights) for t in buffered]
+        self._dataloader_iter = None if state["drained"] else iter(self.prompts_dataloader)
+
+    def _generate_vllm(self, *args: Any, **kwargs: Any) -> tuple[list[DialogueSample], int, bool]:
+        """Upstream's, whose groups come as they finish, in the order of their goals: a rerun is then the same run."""
+        self._places = {}
+        samples, consumed, exhausted = super()._generate_vllm(*args, **kwargs)
+        return sorted(samples, key=lambda s: self._places[s.trajectory.goal.id]), consumed, exhausted
+
     def _dispatch_prompts_to_vllm(
         self, prompts: list[str], labels: list[Goal], *, images: list | None = None, **generate_kwargs: Any
     ) -> list:
@@ -101,7 +124,8 @@ class GOPOSamplesGenerator(SamplesGenerator):
         config, refs = self.spec.config, []
         for goal in labels:
             # A goal stays on one engine per role: its K dialogues share the cached prefix.
-            turn = next(self._requests)
+            turn, self._requests = self._requests, self._requests + 1
+            self._places.setdefault(goal.id, turn)
             experts = self.expert_engines
             request = DialogueRequest(
                 goal=goal,
@@ -111,6 +135,9 @@ class GOPOSamplesGenerator(SamplesGenerator):
                 common_random_numbers=config.common_random_numbers,
                 attempts=config.attempts,
                 rewards=RewardSpec.of(config),
+                deterministic=self.args.train.full_determinism_enable,
+                version=self.version,
+                per_turn=self.args.train.partial_rollout_enable and config.version_switch == "turn",
                 expert_engine=experts[turn % len(experts)] if experts else None,
             )
             engine = self.vllm_engines[turn % len(self.vllm_engines)]

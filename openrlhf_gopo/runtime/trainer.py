@@ -16,12 +16,16 @@ from tqdm import tqdm
 
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.envs import Environment
-from openrlhf_gopo.errors import ConfigError
+from openrlhf_gopo.evaluation.records import read_trajectories
 from openrlhf_gopo.evaluation.references import add_reference_scores
 from openrlhf_gopo.evaluation.summary import summarise
 from openrlhf_gopo.evaluation.transcript import as_text
+from openrlhf_gopo.runtime.checkpoint import Checkpoints
 from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, GOPOExperienceMaker, ResponderExperienceMaker
+from openrlhf_gopo.runtime.requests import Switch
 from openrlhf_gopo.runtime.roles import Role
+from openrlhf_gopo.runtime.rollout_metrics import rollout_metrics
+from openrlhf_gopo.runtime.rollouts import Batch, Rollouts, RolloutsAhead
 from openrlhf_gopo.runtime.samples import DialogueSample
 from openrlhf_gopo.runtime.samples_generator import GoalDataset, GOPOSamplesGenerator, RolloutSpec
 from openrlhf_gopo.types import Trajectory
@@ -36,7 +40,7 @@ class Learner(BasePPOTrainer):
 
     def __init__(self, role: Role, config: GopoConfig, num_labels: int, tokenizer: Any) -> None:
         super().__init__(role.strategy, role.actor, role.critic, None, role.reference, role.engines, tokenizer)
-        self.role = role.name
+        self.role, self.of = role.name, role
         decides = role.name == EXPERT or config.policy == "single_level"
         groups = (role.actor, role.critic, None, role.reference, self.kl_ctl, role.strategy, tokenizer)
         maker = ExpertExperienceMaker if role.name == EXPERT else ResponderExperienceMaker
@@ -69,6 +73,7 @@ class GOPOTrainer(BasePPOTrainer):
         env: the environment; its train goals are the data, its held-out goals the evaluation.
         spec: what a rollout needs beyond a goal.
         results: folder for metrics.jsonl, trajectories.jsonl and the evaluations.
+        checkpoints: where the run is saved, and what it goes on from.
     """
 
     def __init__(
@@ -81,11 +86,13 @@ class GOPOTrainer(BasePPOTrainer):
         tokenizers: dict[str, Any],
         num_labels: int,
         results: Path,
+        checkpoints: Checkpoints,
     ) -> None:
         responder = roles[RESPONDER]
         groups = (responder.actor, responder.critic, None, responder.reference, responder.engines)
         super().__init__(strategy, *groups, tokenizers[RESPONDER])
-        self.env, self.config, self.results = env, config, results
+        self.env, self.config, self.results, self.checkpoints = env, config, results, checkpoints
+        self.evaluations = results / "eval"
         self.learners = {name: Learner(role, config, num_labels, tokenizers[name]) for name, role in roles.items()}
         self.num_labels = num_labels
         for interval in (self.args.eval, self.args.ckpt):
@@ -121,61 +128,58 @@ class GOPOTrainer(BasePPOTrainer):
         """Train for ``--train.num_episodes`` passes over the goals.
 
         Returns:
-            The held-out dialogues "before training" and "after training"; empty without --eval.steps.
+            The held-out dialogues "before training" and "after training"; empty without --eval.steps. A run that goes
+            on reads back what was played before it.
         """
-        states = self._resume()
-        global_step = states["global_step"] or global_step
-        consumed = states["total_consumed_prompts"]
+        position = self.checkpoints.restore(self)
+        global_step = position["global_step"] or global_step
+        self.samples_generator.version = global_step
+        ahead = RolloutsAhead if self.args.train.async_enable else Rollouts
+        self.rollouts = ahead(self.samples_generator, position["episode"], position["total_consumed_prompts"])
         phases: dict[str, list[Trajectory]] = {}
         evaluates = self.args.eval.steps != float("inf")
-        if evaluates and not global_step:
-            phases["before training"] = self.evaluate(0)[1]
+        if evaluates:
+            first = self._played(0) if global_step else self.evaluate(0)[1]
+            phases = {"before training": first} if first else {}
+        latest = self._played(global_step) if position["evaluated"] == global_step else None
         total = self.steps_per_episode * self.args.train.num_episodes
         bar = tqdm(total=total, initial=global_step, desc="GOPO", unit="step", dynamic_ncols=True)
-        latest: tuple[int, list[Trajectory]] = (0, [])
-        for episode in range(states["episode"], self.args.train.num_episodes):
-            exhausted = False
-            while not exhausted:
-                start = time.time()
-                samples, pass_rate, used, exhausted = self.samples_generator.generate_samples(
-                    temperature=self.args.rollout.temperature
-                )
-                consumed += used
-                if len(samples) < self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt:
-                    continue  # the remainder of a pass: too few goals for a batch, as drop_last in upstream's loader
-                rollout_time = time.time() - start
-                status, global_step = self.train_step(samples, global_step)
-                status["timing/rollout"] = rollout_time
-                if pass_rate is not None:
-                    status["dynamic_filtering_pass_rate"] = pass_rate
-                client_states = {
-                    "episode": episode,
-                    "global_step": global_step,
-                    "total_consumed_prompts": consumed,
-                    "data_loader_state_dict": self.goals_dataloader.state_dict(),
-                }
-                self.log_metrics(global_step, status)
-                status |= self._example(samples)
-                self.save_logs_and_checkpoints(global_step, status, client_states)
-                if global_step % self.args.eval.steps == 0:
-                    logs, played = self.evaluate(global_step)
-                    latest = (global_step, played)
-                    self.save_best_checkpoint(logs, global_step, client_states)
-                bar.set_postfix(tse=f"{status['rollout/tse']:.1f}", success=f"{status['rollout/success']:.2f}")
-                bar.update()
+        for batch in self.rollouts:
+            status, global_step = self.train_step(batch.samples, global_step)
+            status["timing/rollout"] = batch.seconds
+            if batch.pass_rate is not None:
+                status["dynamic_filtering_pass_rate"] = batch.pass_rate
+            position |= {"episode": batch.episode, "total_consumed_prompts": batch.consumed}
+            position["global_step"] = global_step
+            latest = self._close_step(status, position, batch)
+            bar.set_postfix(tse=f"{status['rollout/tse']:.1f}", success=f"{status['rollout/success']:.2f}")
+            bar.update()
         bar.close()
         if evaluates:
-            phases["after training"] = (
-                latest[1] if latest[0] == global_step and global_step else self.evaluate(global_step)[1]
-            )
+            phases["after training"] = latest or self.evaluate(global_step)[1]
         for tracker in (self.wandb_logger, self.tensorboard_logger):
             if tracker:
                 tracker.close()
         return phases
 
+    def _close_step(self, status: dict[str, Any], position: dict[str, Any], batch: Batch) -> list[Trajectory] | None:
+        """Log a step, then evaluate and save where they are due; returns the dialogues of the evaluation."""
+        global_step, best, played = position["global_step"], False, None
+        self.log_metrics(global_step, status)
+        self._track(global_step, status | self._example(batch.samples))
+        if global_step % self.args.eval.steps == 0:
+            logs, played = self.evaluate(global_step)
+            best, position["evaluated"] = self.is_best(logs), global_step
+        # After the evaluation: a run that goes on from this step would not do it again.
+        if best:
+            self.checkpoints.save(self, f"best_global_step{global_step}", position, batch.snapshot)
+        if global_step % self.args.ckpt.save_steps == 0:
+            self.checkpoints.save(self, f"global_step{global_step}", position, batch.snapshot)
+        return played
+
     def train_step(self, samples: list[DialogueSample], global_step: int) -> tuple[dict[str, Any], int]:
         """The roles whose turn it is learn from ``samples``, then their engines get the new weights."""
-        status = self._rollout_metrics(samples)
+        status = rollout_metrics(samples, self.config, self.num_labels, global_step)
         start = time.time()
         roles = self.config.learners(global_step)
         # On devices of their own the roles learn at the same time; on the same devices, one after the other.
@@ -185,9 +189,30 @@ class GOPOTrainer(BasePPOTrainer):
                 status.update(learned)
         status["timing/learn"] = time.time() - start
         start = time.time()
-        self.broadcast_to_vllm(roles)
+        self._switch(roles, global_step + 1)
         status["timing/sync"] = time.time() - start
         return status, global_step + 1
+
+    def _switch(self, roles: tuple[str, ...], version: int) -> None:
+        """Give the engines the weights of ``version``: of both roles before any dialogue meets one of them.
+
+        Dialogues under way wait at the gates of their rollout actors (--train.partial_rollout_enable); without it there
+        are none, or they are awaited.
+        """
+        if not self.args.train.partial_rollout_enable:
+            with self.rollouts.rolling:
+                self.broadcast_to_vllm(roles)
+                self.samples_generator.version = version
+            return
+        self._gates(Switch(None))
+        self.broadcast_to_vllm(roles)
+        self.samples_generator.version = version
+        self._gates(Switch(version))
+
+    def _gates(self, switch: Switch) -> None:
+        """Send to every rollout actor that hosts dialogues; returns when all have obeyed."""
+        call = {"prompt": "", "label": switch, "sampling_params": None, "max_length": 0, "hf_tokenizer": None}
+        ray.get([engine.generate_responses.remote(**call) for engine in self.samples_generator.vllm_engines])
 
     def broadcast_to_vllm(self, roles: tuple[str, ...] | None = None) -> None:
         """Send the weights of ``roles`` (None: all) to their engines; with sharing there is one set of both."""
@@ -196,15 +221,17 @@ class GOPOTrainer(BasePPOTrainer):
 
     def evaluate(self, global_step: int) -> tuple[dict[str, float], list[Trajectory]]:
         """Play the held-out goals with the current weights; logs ``eval_*`` and returns the dialogues."""
-        folder = self.results / "eval"
-        folder.mkdir(parents=True, exist_ok=True)
-        played = self.samples_generator.evaluate(
-            folder / f"step_{global_step:05d}.jsonl",
-            temperature=self.args.eval.temperature,
-            n_samples_per_prompt=self.args.eval.n_samples_per_prompt,
-        )
+        self.evaluations.mkdir(parents=True, exist_ok=True)
+        with self.rollouts.rolling:
+            played = self.samples_generator.evaluate(
+                self.evaluations / f"step_{global_step:05d}.jsonl",
+                temperature=self.args.eval.temperature,
+                n_samples_per_prompt=self.args.eval.n_samples_per_prompt,
+            )
         add_reference_scores(self.env, played)
-        (folder / f"step_{global_step:05d}.txt").write_text("\n\n".join(map(as_text, played[:EXAMPLES])) + "\n")
+        (self.evaluations / f"step_{global_step:05d}.txt").write_text(
+            "\n\n".join(map(as_text, played[:EXAMPLES])) + "\n"
+        )
         summary = summarise(played)
         logs = {f"eval_{key}": interval.mean for key, interval in summary.metrics.items()}
         tse = summary.metrics.get("tse")
@@ -217,69 +244,30 @@ class GOPOTrainer(BasePPOTrainer):
                 tracker.log_eval(global_step, logs)
         return logs, played
 
-    def save_logs_and_checkpoints(self, global_step: int, logs_dict: Any = None, client_states: Any = None) -> None:
-        """Upstream's, for the responder; the expert's checkpoint is written first, under the same tag."""
-        if global_step % self.args.ckpt.save_steps == 0 and self.config.own_expert:
-            self._save_expert(f"global_step{global_step}", client_states, self._latest_eval_metric_value)
-        super().save_logs_and_checkpoints(global_step, logs_dict, client_states)
+    def is_best(self, logs: dict[str, float]) -> bool:
+        """Whether an evaluation is the best so far, by --ckpt.best_metric_key; remembers it."""
+        key = self._detect_eval_metric_key(logs)
+        if key is None or key not in logs:
+            return False
+        self._latest_eval_metric_value = logs[key]
+        if not logs[key] > self.best_eval_metric_value:
+            return False
+        self.best_eval_metric_value = logs[key]
+        return True
 
-    def save_best_checkpoint(self, eval_metrics: dict, global_step: int, client_states: Any = None) -> None:
-        """Upstream's, for both roles: the expert's copy first, whenever the responder's will be written."""
-        value = eval_metrics.get(self.best_eval_metric_key)
-        if value is not None and value > self.best_eval_metric_value and self.config.own_expert:
-            self._save_expert(f"best_global_step{global_step}", client_states, value)
-        super().save_best_checkpoint(eval_metrics, global_step, client_states)
+    def _track(self, global_step: int, status: dict[str, Any]) -> None:
+        for tracker in (self.wandb_logger, self.tensorboard_logger):
+            if tracker and global_step % self.args.logger.logging_steps == 0:
+                tracker.log_train(global_step, status)
 
-    def _save_expert(self, tag: str, client_states: Any, value: float | None) -> None:
-        expert = self.learners[EXPERT]
-        refs = expert.actor_model_group.async_run_method(
-            method_name="save_checkpoint",
-            tag=tag,
-            client_states=dict(client_states or {}),
-            metric_value=value,
-            metric_key=self.best_eval_metric_key,
-        )
-        if expert.critic_model_group is not None:
-            refs += expert.critic_model_group.async_run_method(
-                method_name="save_checkpoint", tag=tag, metric_value=value, metric_key=self.best_eval_metric_key
-            )
-        ray.get(refs)
-
-    def _resume(self) -> dict[str, Any]:
-        """Where to go on: the checkpoint of both roles, or the start.
-
-        Raises:
-            ConfigError: the two roles' checkpoints are of different steps.
-        """
-        states = {name: learner.init_checkpoint_states() for name, learner in self.learners.items()}
-        steps = {name: state.get("global_step", 0) for name, state in states.items()}
-        if len(set(steps.values())) > 1:
-            raise ConfigError(
-                f"--ckpt.path {self.args.ckpt.path}: the roles' checkpoints are of different steps {steps}; remove the "
-                "newer role's folder of that step and its 'latest' file's entry"
-            )
-        state = states[RESPONDER]
-        if state.get("global_step", 0):
-            self.restore_best_checkpoint_state(state)
-            self.broadcast_to_vllm()
-            if state["data_loader_state_dict"]:
-                self.goals_dataloader.load_state_dict(state["data_loader_state_dict"])
-        return state
-
-    def _rollout_metrics(self, samples: list[DialogueSample]) -> dict[str, Any]:
-        kept = [s for s in samples if not s.quarantined]
-        summary = summarise([s.trajectory for s in samples])
-        status: dict[str, Any] = {f"rollout/{key}": interval.mean for key, interval in summary.metrics.items()}
-        status |= {f"rollout/stop/{key}": share for key, share in summary.stops.items()}
-        status["rollout/failures"] = float(len(samples) - len(kept))
-        turns = [turn for s in kept for turn in s.trajectory.turns]
-        status["rollout/forced_turns"] = sum(turn.forced for turn in turns) / max(len(turns), 1)
-        allowed = sum(len(turn.allowed) for turn in turns) / max(len(turns), 1)
-        status["rollout/masked_labels"] = 1.0 - allowed / self.num_labels
-        for role in self.learners:
-            lengths = [len(s.trajectory.streams[role].tokens) for s in kept]
-            status[f"rollout/{role}_tokens"] = sum(lengths) / max(len(lengths), 1)
-        return status
+    def _played(self, global_step: int) -> list[Trajectory] | None:
+        """The dialogues of an evaluation that an earlier run of this training has done."""
+        path = self.evaluations / f"step_{global_step:05d}.jsonl"
+        if not path.is_file():
+            return None
+        played = read_trajectories(path)
+        add_reference_scores(self.env, played)
+        return played
 
     def _example(self, samples: list[DialogueSample]) -> dict[str, Any]:
         """One dialogue for W&B and TensorBoard, under upstream's name: (text, the responder's return)."""

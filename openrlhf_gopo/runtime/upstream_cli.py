@@ -1,4 +1,4 @@
-"""OpenRLHF's own flags and validation, taken from the installed ``openrlhf.cli.train_ppo_ray`` and not copied.
+"""OpenRLHF's own flags and validation, taken from its installed command (``train_ppo_ray``, ``train_dpo``), not copied.
 
 Upstream builds its parser and validates under ``if __name__ == "__main__"``, so neither can be imported. This reads
 the module's source, cuts that block in two around ``args = parser.parse_args()``, and runs the halves. The module
@@ -21,10 +21,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from openrlhf_gopo.errors import ConfigError
+from openrlhf_gopo.runtime.contract import SUPPORTED
 
 MODULE = "openrlhf.cli.train_ppo_ray"
 HELPERS = "openrlhf.utils.config"  # of the standard library only, but its package imports DeepSpeed
-SUPPORTED = ("0.11.2",)
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,16 @@ class UpstreamCli:
     validating: list[ast.stmt]
 
     @classmethod
-    def load(cls, path: str | Path | None = None) -> UpstreamCli:
-        """Read the installed module, or the one at ``path``.
+    def load(cls, path: str | Path | None = None, module: str = MODULE) -> UpstreamCli:
+        """Read the installed ``module``, or the one at ``path``.
 
         Raises:
             ConfigError: OpenRLHF is not installed, or this version's module is laid out differently.
         """
-        path = Path(path) if path is not None else _find_source(MODULE)
-        module = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-        building, validating = _split(_main_block(module, path), path)
-        return cls(
-            path,
-            building=_with_definitions(building, module),
-            validating=_with_definitions(validating, module),
-        )
+        path = Path(path) if path is not None else _find_source(module)
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        building, validating = _split(_main_block(tree, path), path)
+        return cls(path, building=_with_definitions(building, tree), validating=_with_definitions(validating, tree))
 
     @property
     def parser(self) -> argparse.ArgumentParser:
@@ -81,7 +77,7 @@ def _find_source(module: str) -> Path:
     except ModuleNotFoundError:
         spec = None
     if spec is None or spec.origin is None:
-        raise ConfigError(f"{module} is not installed: install openrlhf=={SUPPORTED[-1]}")
+        raise ConfigError(f"{module} is not installed: install openrlhf=={SUPPORTED['openrlhf'][-1]}")
     return Path(spec.origin)
 
 
@@ -164,6 +160,5 @@ def _unexpected(path: Path, what: str) -> ConfigError:
         version = importlib.metadata.version("openrlhf")
     except importlib.metadata.PackageNotFoundError:
         version = "of unknown version"
-    return ConfigError(
-        f"{path}: {what}; found openrlhf {version}, this plugin knows {', '.join(SUPPORTED)}: install one of these"
-    )
+    known = ", ".join(SUPPORTED["openrlhf"])
+    return ConfigError(f"{path}: {what}; found openrlhf {version}, this plugin knows {known}: install one of these")

@@ -106,10 +106,17 @@ def _layout_problems(path: Path, error: ValidationError, lines: Lines) -> Iterat
         if kind == "extra_forbidden":
             remedy = f"no such field; choose one of {', '.join(fields_at(where[:-1]))}"
         elif kind == "string_pattern_mismatch":
-            text = "pattern" in problem["ctx"] and problem["ctx"]["pattern"] == r"\S"
-            remedy = "blank; write some text" if text else "not one word; leave out spaces and commas"
+            remedy = _misfit(problem["input"], word=problem["ctx"]["pattern"].startswith(r"^[^\s,"))
         shown = "" if kind == "missing" else f"{value if len(value) <= 60 else value[:57] + '...'}: "
         yield f"{path}:{_line(lines, where)}: {_dotted(where) or 'the file'}: {shown}{remedy}"
+
+
+def _misfit(text: str, word: bool) -> str:
+    if not text.strip():
+        return "blank; write some text"
+    if word and any(character == "," or character.isspace() for character in text):
+        return "not one word; leave out spaces and commas"
+    return "has control characters; leave them out"
 
 
 def _line(lines: Mapping[Where, int], where: Where) -> int:

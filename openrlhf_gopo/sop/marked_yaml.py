@@ -14,6 +14,7 @@ from openrlhf_gopo.errors import DataError, Where
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
+MAX_NUMBER = 2**63
 Lines = dict[Where, int]
 
 
@@ -88,10 +89,14 @@ def _build(path: Path, node: yaml.Node, at: Where, lines: Lines) -> object:
         return [_build(path, item, (*at, index), lines) for index, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
         try:
-            return yaml.SafeLoader("").construct_object(node)
+            value = yaml.SafeLoader("").construct_object(node)
+            if isinstance(value, int) and abs(value) > MAX_NUMBER:  # Python refuses to print one of 5,000 digits
+                raise ValueError("too large a number")
         except (ValueError, OverflowError) as error:  # it looks like a date or a number and is none
             field = ".".join(map(str, at))
-            raise DataError(f"{path}:{lines[at]}: {field}: {node.value!r}: {error}; put it in quotes") from error
+            given = node.value if len(node.value) <= 60 else f"{node.value[:57]}..."
+            raise DataError(f"{path}:{lines[at]}: {field}: {given!r}: {error}; put it in quotes") from error
+        return value
     found: dict[str, object] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1

@@ -9,8 +9,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 # Ids and facts are words: the shell command and the messages list them with spaces and commas between.
-Id = Annotated[str, StringConstraints(pattern=r"^[^\s,]+$")]
-Text = Annotated[str, StringConstraints(pattern=r"\S")]
+# No controls in either: both are printed, and stand in prompts.
+Id = Annotated[str, StringConstraints(pattern=r"^[^\s,\x00-\x1f\x7f-\x9f]+$")]
+_SEEN = r"[^\x00-\x08\x0b-\x1f\x7f-\x9f]*"
+Text = Annotated[str, StringConstraints(pattern=rf"^{_SEEN}[^\s\x00-\x1f\x7f-\x9f]{_SEEN}$")]
 
 
 class _Model(BaseModel):

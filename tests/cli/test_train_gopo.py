@@ -469,6 +469,15 @@ def test_a_reward_that_fails_is_found_before_anything_starts(tokenizer, tmp_path
         ),
         ("--train.colocate_all", r"--vllm\.gpu_memory_utilization 0\.95: .* two engines .* ask for 1\.90 of it; lower"),
         ("--vllm.num_engines 0", r"--vllm\.num_engines 0: dialogues need vLLM; give 1 or more"),
+        # determinism
+        (
+            "--train.full_determinism_enable --vllm.enable_prefix_caching",
+            r"--vllm\.enable_prefix_caching: with --train\.full_determinism_enable the rounding of a prompt",
+        ),
+        (
+            "--train.full_determinism_enable --gopo.expert_num_engines 2",
+            r"--gopo\.expert_num_engines 2: with --train\.full_determinism_enable every engine of the responder needs",
+        ),
         # values
         (
             "--gopo.expert_reward tse=1,fame=2",

