@@ -19,6 +19,7 @@ from openrlhf_gopo import platform
 from openrlhf_gopo.errors import GopoError
 
 MIRRORED = "--expert."
+UPSTREAM = {"train_gopo_offline": "openrlhf.cli.train_dpo"}  # of the others: train_ppo_ray
 HEAD = """\
 # Flags
 
@@ -64,6 +65,11 @@ def page() -> str:
 
 
 def _command(module: ModuleType, upstream: argparse.ArgumentParser) -> str:
+    from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
+
+    source = UPSTREAM.get(module.__name__.rpartition(".")[2])
+    if source is not None:
+        upstream = UpstreamCli.load(module=source).parser
     wants = inspect.signature(module.build_parser).parameters
     parser = module.build_parser(upstream) if wants else module.build_parser()
     theirs = {option for action in upstream._actions for option in action.option_strings}
@@ -84,7 +90,8 @@ def _command(module: ModuleType, upstream: argparse.ArgumentParser) -> str:
     if len(shared) == len(theirs - {"-h", "--help"}):
         text += ["All of OpenRLHF's flags, [below](#openrlhfs-own), are taken too.\n"]
     elif shared:
-        text += [f"Of OpenRLHF's: {', '.join(f'`{o}`' for o in shared)}.\n"]
+        whose = f"`{source}`'s" if source else "OpenRLHF's"
+        text += [f"Of {whose}: {', '.join(f'`{o}`' for o in shared)}.\n"]
     return "\n".join(text)
 
 
