@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from openrlhf_gopo.envs.base import Environment, HumanTurn
+from openrlhf_gopo.envs.base import Environment
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.logs import read, scored
 from openrlhf_gopo.logs.convert import SOURCES, converted
+from openrlhf_gopo.logs.human import merged, patient
 from openrlhf_gopo.types import Goal, Trajectory
 
 
@@ -62,20 +63,6 @@ def sop_share(env: Environment, goals: Iterable[Goal], seed: int = 0) -> SopShar
             outcome = dialogue.step(turn.strategy, dialogue.reference_reply(turn.strategy))
             allowed = outcome.next.allowed if outcome.next else ()
     return count
-
-
-def patient(goal: Goal) -> Goal:
-    """``goal`` of a user who never leaves: the human one did not either."""
-    return replace(goal, persona={**goal.persona, "patience": math.inf})
-
-
-def merged(turns: Iterable[HumanTurn]) -> list[HumanTurn]:
-    """Without the turns that repeat a strategy before the user said anything: an agent of ours says it all at once."""
-    kept: list[HumanTurn] = []
-    for turn in turns:
-        if not (kept and turn.strategy == kept[-1].strategy and not turn.user):
-            kept.append(turn)
-    return kept
 
 
 def logged(env: Environment, data: str | None, file: str | None, goals: Sequence[Goal]) -> list[Trajectory]:

@@ -7,12 +7,13 @@ scale for words of the user's own; it stays unknown where the user said nothing 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from openrlhf_gopo.envs.base import SPLITS, Environment
+from openrlhf_gopo.envs.base import SPLITS, Environment, HumanTurn
 from openrlhf_gopo.envs.replayed import BYE, ENGAGEMENT, OFF_TASK
 from openrlhf_gopo.types import Goal, StopReason
 
@@ -91,3 +92,17 @@ def _record(source: str, goal: Goal, steps: Iterable[Step]) -> dict[str, Any]:
             stop = StopReason.CLOSED
         turns.append(turn)
     return record(source, goal, turns, stop if left else StopReason.COMPLETED, not left)
+
+
+def merged(turns: Iterable[HumanTurn]) -> list[HumanTurn]:
+    """Without the turns that repeat a strategy before the user said anything: an agent of ours says it all at once."""
+    kept: list[HumanTurn] = []
+    for turn in turns:
+        if not (kept and turn.strategy == kept[-1].strategy and not turn.user):
+            kept.append(turn)
+    return kept
+
+
+def patient(goal: Goal) -> Goal:
+    """``goal`` of a user who never leaves: the human one did not either."""
+    return replace(goal, persona={**goal.persona, "patience": math.inf})

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf_gopo.envs.base import SPLITS, Environment
-from openrlhf_gopo.evaluation.human import merged, patient
 from openrlhf_gopo.logs import human
+from openrlhf_gopo.logs.human import merged, patient
 from openrlhf_gopo.types import Goal, StopReason
 
 logger = logging.getLogger(__name__)
