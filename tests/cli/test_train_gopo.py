@@ -515,7 +515,7 @@ def test_a_reward_that_fails_is_found_before_anything_starts(tokenizer, tmp_path
             r"--gopo\.pref\.reference initial: there is no reference model with --algo\.kl\.init_coef 0",
         ),
         # not supported, here or on CPU
-        ("--train.async_enable", r"--train\.async_enable: not supported: asynchronous training of two policies"),
+        ("--train.async_enable", r"--train\.async_enable: dialogues are older than the weights"),
         (
             "--ds.lora.rank 8 --train.enable_ema",
             r"--train\.enable_ema: not supported with --ds\.lora\.rank 8: OpenRLHF 0\.11\.2 averages into .*; drop one",
