@@ -21,17 +21,16 @@ python3 -m openrlhf.cli.train_gopo \
    --actor.model_name_or_path "$RESPONDER_MODEL" \
    --expert.model_name_or_path "$EXPERT_MODEL" \
    --actor.num_nodes 1 \
-   --actor.num_gpus_per_node 4 \
+   --actor.num_gpus_per_node 2 \
    --ref.num_nodes 1 \
-   --ref.num_gpus_per_node 4 \
+   --ref.num_gpus_per_node 2 \
    --ref.offload \
-   --train.colocate_all \
+   --train.colocate_actor_ref \
    --vllm.num_engines 2 \
    --vllm.tensor_parallel_size 1 \
    --vllm.gpu_memory_utilization 0.9 \
    --vllm.enable_prefix_caching \
    --vllm.sync_backend nccl \
-   --ds.enable_sleep \
    --ds.zero_stage 3 \
    --ds.packing_samples \
    --ds.attn_implementation flash_attention_2 \
