@@ -154,6 +154,11 @@ class GopoConfig:
     )
     worker_logs: bool = flag(False, "print what Ray workers print; without it their logs stay in Ray's session folder")
     results_dir: str = flag(None, "folder of tables, curves, transcripts; default: OUTPUT_DIR/results", kind=str)
+    gpu_memory_gb: float = flag(
+        None,
+        "memory of one GPU in GiB: --gopo.dry_run then says whether the run fits, and what engines take",
+        kind=float,
+    )
     dry_run: bool = flag(False, "check data, template, labels, token budgets and batch arithmetic, then stop")
     pref: PreferenceConfig = field(default_factory=PreferenceConfig)
     llm: LlmConfig = field(default_factory=LlmConfig)
@@ -178,6 +183,8 @@ class GopoConfig:
             self.pref.coef,
             "the expert has no term left to learn from; raise it or --gopo.expert_pg_coef",
         )
+        memory = self.gpu_memory_gb
+        _require(memory is None or memory > 0, "--gopo.gpu_memory_gb", memory, "give a positive number of GiB")
         _require(self.user_timeout > 0, "--gopo.user_timeout", self.user_timeout, "give a positive number of seconds")
         _require(
             "llm:" not in (self.user or "") or self.llm.timeout < self.user_timeout,

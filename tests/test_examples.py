@@ -23,12 +23,22 @@ SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
 COFFEE = f"{EXAMPLES / 'custom_env' / 'coffee.py'}:Coffee"
 STAR = Path(__file__).parent / "envs" / "star_fixture"
 
-# recipe -> OPENRLHF_GOPO_CPU, and what its dry run says of goals and GPUs
+# recipe -> OPENRLHF_GOPO_CPU, goals and GPUs of its dry run, the models' size and, as in its README, a GPU's GiB
 RECIPES = {
-    "shop_cpu": ("1", "shop", "6 GPUs"),
-    "star_cpu": ("1", "star", "6 GPUs"),
-    "node8_colocated": ("0", "shop", "8 GPUs"),
-    "two_nodes": ("0", "shop", "16 GPUs"),
+    "shop_cpu": ("1", "shop", "6 GPUs", None, None),
+    "star_cpu": ("1", "star", "6 GPUs", None, None),
+    "gpu24_lora": ("0", "shop", "1 GPUs", "1.5B", 24),
+    "node8_colocated": ("0", "shop", "8 GPUs", "14B", 80),
+    "pair14b": ("0", "shop", "8 GPUs", "14B", 80),
+    "async_partial": ("0", "shop", "8 GPUs", "7B", 80),
+    "two_nodes": ("0", "shop", "16 GPUs", "14B", 80),
+    "slurm": ("0", "shop", "16 GPUs", "14B", 80),
+}
+# Qwen2.5's sizes: layers, hidden, MLP, heads, KV heads, vocabulary, tied head
+SIZES = {
+    "1.5B": (28, 1536, 8960, 12, 2, 151_936, True),
+    "7B": (28, 3584, 18_944, 28, 4, 152_064, False),
+    "14B": (48, 5120, 13_824, 40, 8, 152_064, False),
 }
 
 
@@ -77,19 +87,93 @@ def bash(script: Path, *args: object, cpu: str, **variables: object) -> subproce
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
 
+@pytest.fixture(scope="module")
+def models(tokenizer: Path, tmp_path_factory) -> dict[str | None, Path]:
+    """By size, folders that a dry run takes for models: tokenizer and a real model's config.json; None: without."""
+    from transformers import Qwen2Config
+
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    folders: dict[str | None, Path] = {None: tokenizer}
+    for size, values in SIZES.items():
+        folders[size] = Path(shutil.copytree(tokenizer, tmp_path_factory.mktemp("models") / size))
+        shape = dict(zip((*names, "vocab_size", "tie_word_embeddings"), values, strict=True))
+        Qwen2Config(**shape).save_pretrained(folders[size])
+    return folders
+
+
 @pytest.mark.stack
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_dry_run_of_every_recipe(recipe: str, tokenizer: Path, tmp_path: Path) -> None:
+def test_dry_run_of_every_recipe(recipe: str, models: dict[str | None, Path], tmp_path: Path) -> None:
     pytest.importorskip("openrlhf")
-    cpu, env, gpus = RECIPES[recipe]
-    models = dict.fromkeys(("MODEL", "RESPONDER_MODEL", "EXPERT_MODEL"), tokenizer)
+    cpu, env, gpus, size, gib = RECIPES[recipe]
+    paths = dict.fromkeys(("MODEL", "RESPONDER_MODEL", "EXPERT_MODEL"), models[size])
     script = EXAMPLES / recipe / "train.sh"
-    done = bash(script, "--gopo.dry_run", cpu=cpu, DATA=STAR, OUT=tmp_path / "out", **models)
+    flags = ["--gopo.gpu_memory_gb", gib] if gib else []
+    done = bash(script, "--gopo.dry_run", *flags, cpu=cpu, DATA=STAR, OUT=tmp_path / "out", **paths)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"dry run: {env}: ")
     assert f"{gpus}; everything checked" in done.stdout
     assert "[Warning]" not in done.stdout
+    assert "NOT FIT" not in done.stdout
+    assert "needs" not in done.stdout.partition("GPU memory")[2]  # an engine that its share is too small for
+    if gib:
+        assert f"fits --gopo.gpu_memory_gb {gib}" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe, (*_, gib) in RECIPES.items() if gib])
+def test_a_recipe_says_what_it_needs_and_whether_it_ran(recipe: str) -> None:
+    readme = (EXAMPLES / recipe / "README.md").read_text()
+    *_, size, gib = RECIPES[recipe]
+    assert f"{gib} GB" in readme
+    assert "not run: no such hardware here" in readme.lower()
+    assert "**Expected movement.**" in readme
+    script = (EXAMPLES / recipe / "train.sh").read_text()
+    nested = [EXAMPLES / other / "train.sh" for other in RECIPES if f"{other}/train.sh" in script]
+    assert f"-{size}-" in script + "".join(path.read_text() for path in nested)
+
+
+@pytest.mark.stack
+def test_a_recipe_on_too_small_a_gpu_does_not_fit(models: dict[str | None, Path]) -> None:
+    pytest.importorskip("openrlhf")
+    paths = dict.fromkeys(("RESPONDER_MODEL", "EXPERT_MODEL"), models["14B"])
+    done = bash(EXAMPLES / "gpu24_lora" / "train.sh", "--gopo.dry_run", cpu="0", **paths)
+    assert "DOES NOT FIT --gopo.gpu_memory_gb 24" in done.stdout
+
+
+def test_slurm_without_slurm_says_so(tmp_path: Path) -> None:
+    path = f"{tmp_path}:/usr/bin:/bin"
+    done = subprocess.run(
+        ["bash", EXAMPLES / "slurm" / "train.sh"], capture_output=True, text=True, env={"PATH": path}, timeout=60
+    )
+    assert done.returncode != 0
+    assert "start this with sbatch" in done.stderr
+
+
+def test_slurm_starts_ray_on_every_node_and_submits_the_recipe(tmp_path: Path) -> None:
+    """With commands in the place of SLURM's and Ray's that write down how they were called."""
+    called = tmp_path / "called"
+    for name, does in {
+        "scontrol": "printf 'n1\nn2\n'",
+        "srun": f'echo "srun $*" >>{called}',
+        "ray": "exit 9",  # srun does not reach it
+        "python3": "echo 2",  # nodes that are alive
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    recipe = tmp_path / "recipe.sh"
+    recipe.write_text(f'echo "recipe $RAY_DASHBOARD $*" >>{called}\n')
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "20003"}
+    env |= {"RECIPE": str(recipe), "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_GPUS_ON_NODE": "4"}
+    command = ["bash", EXAMPLES / "slurm" / "train.sh", "--actor.adam.lr", "1e-6"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = called.read_text().splitlines()
+    head, worker = sorted((line for line in lines if line.startswith("srun")), key=lambda line: "--head" not in line)
+    assert "--nodelist=n1 ray start --head --node-ip-address=n1 --port=20003 " in head
+    assert "--dashboard-port=20004 --num-gpus 4 --block" in head
+    assert "--nodelist=n2 ray start --address=n1:20003 --num-gpus 4 --block" in worker
+    assert lines[-1] == "recipe http://n1:20004 --actor.adam.lr 1e-6"
 
 
 def test_further_flags_reach_the_command(tokenizer: Path) -> None:

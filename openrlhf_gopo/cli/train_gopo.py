@@ -27,6 +27,7 @@ from openrlhf_gopo.config import (
 )
 from openrlhf_gopo.errors import ConfigError, GopoError
 from openrlhf_gopo.flag import add_flags
+from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
 
 SECTIONS = {
     "gopo": "this project's: environment, rollout, rewards, evaluation",
@@ -185,6 +186,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(args: SimpleNamespace, config: GopoConfig) -> None:
     started = time.time()
+    if config.dry_run:  # for GPUs, on a machine without one, where activate() did nothing
+        hide_what_cuda_builds_break()
     from openrlhf_gopo.runtime import checks
 
     checks.check_flags(args, config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +12,7 @@ from openrlhf_gopo.envs import Environment
 from openrlhf_gopo.errors import DialogueError
 from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy
+from openrlhf_gopo.runtime import memory
 from openrlhf_gopo.runtime.checks import gpus_needed
 from openrlhf_gopo.runtime.requests import build_policy, policy_spec
 from openrlhf_gopo.types import StopReason
@@ -24,13 +24,14 @@ SKILL = 0.5
 def describe(args: SimpleNamespace, config: GopoConfig, env: Environment, policy: TwoLevelPolicy) -> str:
     """The report of ``--gopo.dry_run``, several lines."""
     train, heldout = len(env.goals("train")), len(env.goals("heldout"))
+    lines, longest, share = _streams(args, config)
     return "\n".join(
         [
             f"dry run: {env.name}: {train} training and {heldout} held-out goals, {len(policy.labels)} labels, "
             f"{gpus_needed(args, config)} GPUs; everything checked",
             *_batches(args, config, min(train, args.data.max_samples)),
-            *_streams(args, config),
-            *_memory(args, config),
+            *lines,
+            *memory.report(args, config, longest, share),
         ]
     )
 
@@ -55,8 +56,13 @@ def _batches(args: SimpleNamespace, config: GopoConfig, goals: int) -> list[str]
     return lines
 
 
-def _streams(args: SimpleNamespace, config: GopoConfig) -> list[str]:
-    """Stream lengths of scripted dialogues with the environment's own users: an endpoint is not asked for them."""
+def _streams(args: SimpleNamespace, config: GopoConfig) -> tuple[list[str], dict[str, int], dict[str, float]]:
+    """Stream lengths of scripted dialogues with the environment's own users: an endpoint is not asked for them.
+
+    Returns:
+        The report; by role the tokens of the longest one, at most --data.max_len; by role the share of its tokens that
+        were actions, at most.
+    """
     env, policy = build_policy(replace(policy_spec(args, config), user=None))
     train, script = env.goals("train"), ScriptedPolicy(SKILL, args.train.seed)
     sample = train[:: max(len(train) // DIALOGUES, 1)]  # over all of them: longer goals may stand together
@@ -65,9 +71,12 @@ def _streams(args: SimpleNamespace, config: GopoConfig) -> list[str]:
     if not played:
         raise DialogueError(f"--gopo.env {config.env}: no scripted dialogue could be played: {tried[0].error}")
     lengths: dict[str, list[int]] = {role: [] for role in policy.roles}
+    share = dict.fromkeys(policy.roles, 0.0)
     for trajectory in played:
         for role, stream in policy.replay(trajectory, env.catalogue(trajectory.goal)).items():
             lengths[role].append(len(stream.tokens))
+            actions = sum(end - start for start, end in stream.spans)
+            share[role] = max(share[role], actions / len(stream.tokens))
     lines = [
         f"tokens of a stream in {len(played)} scripted dialogues with reference replies (--data.max_len "
         f"{args.data.max_len}, a reply at most {config.reply_max_tokens}):"
@@ -80,42 +89,4 @@ def _streams(args: SimpleNamespace, config: GopoConfig) -> list[str]:
             f"  {role}: median {half}, 90% {most}, 99% {nearly}, longest {longest} (goal {goal})"
             + (f"; {over} would end in max_tokens: raise --data.max_len" if over else "")
         )
-    return lines
-
-
-def _memory(args: SimpleNamespace, config: GopoConfig) -> list[str]:
-    """Model states per rank by ZeRO stage (arXiv 1910.02054): 2 bytes of weights, 2 of gradients, 12 of fp32 Adam."""
-    lines = ["GPU memory of model states, estimated, without activations, buffers and vLLM's share:"]
-    for role in config.roles if config.own_expert else (RESPONDER,):
-        where = args.expert if role == EXPERT else args.actor
-        count = parameters(where.model_name_or_path)
-        if count is None:
-            lines.append(f"  {role}: unknown, {where.model_name_or_path} has no config.json")
-            continue
-        ranks, stage = where.num_nodes * where.num_gpus_per_node, args.ds.zero_stage
-        split = ranks // args.ds.tensor_parallel_size
-        whole = count / args.ds.tensor_parallel_size
-        weights = 2 * whole / (split if stage == 3 else 1)
-        gradients = 2 * whole / (split if stage >= 2 else 1)
-        optimizer = 0.0 if args.ds.adam_offload else 12 * whole / (split if stage >= 1 else 1)
-        states = weights + (gradients + optimizer if args.ds.lora.rank <= 0 else 0.0)
-        reference = 2 * whole / (split if stage == 3 else 1) if args.algo.kl.init_coef > 0 else 0.0
-        lines.append(
-            f"  {role}: {count / 1e6:,.1f} M parameters, ZeRO {stage}, {ranks} rank(s): {states / 2**30:.2f} GiB a rank"
-            + (f", reference {reference / 2**30:.2f} GiB a rank" if reference else "")
-            + (", adapters not counted" if args.ds.lora.rank > 0 else "")
-        )
-    return lines
-
-
-def parameters(path: str) -> int | None:
-    """How many parameters the model has, from its config.json; None without one."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        return None
-    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    return sum(p.numel() for p in model.parameters())
+    return lines, {role: min(max(found), args.data.max_len) for role, found in lengths.items()}, share

@@ -26,7 +26,7 @@ def order(env):
 
 
 def test_the_readme_shows_the_example_as_it_is_in_40_lines():
-    section = (ROOT / "README.md").read_text().split("### Bring your own environment")[1]
+    section = (ROOT / "README.md").read_text().split("## Bring your own environment")[1]
     blocks = dict(re.findall(r"```(yaml|python)\n(.*?)```", section, re.DOTALL))
     shown = blocks["yaml"] + blocks["python"]
     assert shown == FILES["yaml"].read_text() + FILES["py"].read_text()
