@@ -187,29 +187,32 @@ FLAGS = {
         "policy_loss_type"
     ),
     "algo": "advantage.estimator advantage.gamma advantage.lambd advantage.no_std_norm kl.init_coef kl.target",
-    "ckpt": "load_enable output_dir path save_steps",
+    "ckpt": "disable_ds load_enable max_mem max_num output_dir path save_hf save_steps",
     "critic": "model_name_or_path num_gpus_per_node num_nodes save_value_network",
     "data": "disable_fast_tokenizer max_images_per_prompt max_len max_samples prompt_dataset",
     "ds": (
-        "adam_offload attn_implementation load_in_4bit lora.rank packing_samples ring_attn_size "
-        "tensor_parallel_size zero_stage"
+        "adam_offload attn_implementation enable_sleep experts_implementation load_in_4bit lora.rank "
+        "packing_samples param_dtype ring_attn_size tensor_parallel_size use_liger_kernel zero_stage"
     ),
     "eval": "dataset n_samples_per_prompt steps temperature",
-    "ref": "num_gpus_per_node num_nodes",
+    "ref": "num_gpus_per_node num_nodes offload",
     "reward": (
         "clip_range model_name_or_path num_gpus_per_node num_nodes overlong_buffer_len remote_url "
         "stop_properly_penalty_coef"
     ),
     "rollout": "batch_size micro_batch_size n_samples_per_prompt temperature top_p",
     "train": (
-        "agent_func_path async_enable batch_size colocate_actor_ref colocate_all dynamic_batch_enable "
-        "enable_ema full_determinism_enable max_epochs micro_batch_size num_episodes seed"
+        "agent_func_path async_enable async_queue_size batch_size colocate_actor_ref colocate_all "
+        "dynamic_batch_enable enable_ema full_determinism_enable max_epochs max_tokens_per_gpu micro_batch_size "
+        "num_episodes partial_rollout_enable seed"
     ),
     "vllm": (
         "enable_prefix_caching enable_sleep enforce_eager gpu_memory_utilization num_engines sync_backend "
         "sync_with_ray tensor_parallel_size"
     ),
 }
+OFFLINE_FLAGS_OF = "openrlhf.cli.train_dpo"
+OFFLINE_FLAGS = "data.dataset"  # read by train_gopo_offline beside those above
 # Imported as they are.
 NAMES: dict[str, list[str]] = {
     "openrlhf.models.ring_attn_utils": ["unpad_and_slice_tensor"],
@@ -217,10 +220,13 @@ NAMES: dict[str, list[str]] = {
     "openrlhf.trainer.ppo_utils.experience": [
         *("Experience", "balance_experiences", "make_experience_batch", "split_experience_batch"),
     ],
+    "openrlhf.trainer.dpo_trainer": ["DPOTrainer"],
     "openrlhf.trainer.ray": ["create_vllm_engines"],
     "openrlhf.utils.config": ["hierarchize"],
     "openrlhf.utils.logging_utils": ["init_logger"],
-    "ray.util.placement_group": ["placement_group"],
+    "openrlhf.utils.utils": ["zero_pad_sequences"],
+    "ray.exceptions": ["RayActorError", "RayError", "RayTaskError"],
+    "ray.util.placement_group": ["placement_group", "remove_placement_group"],
     "vllm": ["SamplingParams"],
 }
 # What platform/ changes on a machine without a GPU, and nobody needs elsewhere.
@@ -303,11 +309,12 @@ def breaks(find: Find, cpu: bool) -> Iterator[Break]:
         yield Break(
             "openrlhf.trainer.ppo_utils.experience:Experience", f"fields {EXPERIENCE}", " ".join(found or ["none"])
         )
-    flags = sources.flags(FLAGS_OF)
-    for section, names in FLAGS.items():
-        for flag in (f"--{section}.{name}" for name in names.split()):
+    of_training = [f"{section}.{name}" for section, names in FLAGS.items() for name in names.split()]
+    for module, names in ((FLAGS_OF, of_training), (OFFLINE_FLAGS_OF, OFFLINE_FLAGS.split())):
+        flags = sources.flags(module)
+        for flag in (f"--{name}" for name in names):
             if flag not in flags:
-                yield Break(f"{FLAGS_OF}:{flag}", "a flag", "none")
+                yield Break(f"{module}:{flag}", "a flag", "none")
     for seam, line in CPU_LINES.items() if cpu else ():
         node = sources.resolve(seam)
         if node is None or line not in ast.unparse(node):

@@ -45,7 +45,7 @@ class Watched(AgentExecutor):
         super().__init__()
         self.now, self.most, self.order = 0, 0, []
 
-    async def _play(self, label, sample, engine):
+    async def _play(self, label, sample, engine, gate):
         self.now += 1
         self.most = max(self.most, self.now)
         await asyncio.sleep(0.01 * (3 - sample))
