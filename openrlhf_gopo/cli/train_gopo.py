@@ -12,7 +12,6 @@ import logging
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -202,13 +201,9 @@ def _run(args: SimpleNamespace, config: GopoConfig) -> None:
         print(describe(args, config, env, policy))
         return
     results.mkdir(parents=True, exist_ok=True)
-    from openrlhf_gopo.runtime import cluster
+    from openrlhf_gopo.runtime import launch
 
-    with ThreadPoolExecutor(1) as pool:  # Ray's processes start while this one imports the stack
-        ray = pool.submit(cluster.init_ray, checks.gpus_needed(args, config), config.worker_logs)
-        from openrlhf_gopo.runtime import launch
-
-        phases = launch.train(args, config, results, ready=ray.result)
+    phases = launch.train(args, config, results)
     _report(args, config, results, phases, time.time() - started)
 
 

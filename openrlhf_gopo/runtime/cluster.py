@@ -1,4 +1,4 @@
-"""Ray, and nothing else of the stack: it starts while the driver imports the rest."""
+"""Ray with upstream's environment variables, on this machine or a cluster."""
 
 from __future__ import annotations
 

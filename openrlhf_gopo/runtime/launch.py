@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +24,8 @@ from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.runtime import agent
 from openrlhf_gopo.runtime.actors import RolePolicyActor, RoleReferenceActor
 from openrlhf_gopo.runtime.checkpoint import Checkpoints
+from openrlhf_gopo.runtime.checks import gpus_needed
+from openrlhf_gopo.runtime.cluster import init_ray
 from openrlhf_gopo.runtime.liveness import watched
 from openrlhf_gopo.runtime.requests import build_policy, policy_spec
 from openrlhf_gopo.runtime.roles import Role, make_roles
@@ -48,17 +49,13 @@ def rollout_spec(args: SimpleNamespace, config: GopoConfig) -> RolloutSpec:
     return RolloutSpec(policy_spec(args, config), limits, weights, config, args.train.seed)
 
 
-def train(
-    args: SimpleNamespace, config: GopoConfig, results: Path, ready: Callable[[], object]
-) -> dict[str, list[Trajectory]]:
-    """Build both roles, train them, save them; returns the held-out dialogues before and after.
-
-    ``ready`` returns once Ray is connected.
-    """
+def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str, list[Trajectory]]:
+    """Build both roles, train them, save them; returns the held-out dialogues before and after."""
     clock = [psutil.Process().create_time(), time.time()]
     checkpoints = Checkpoints(args, config, results)
     checkpoints.open()
-    ready()
+    # Not in a thread beside the imports: import locks and logging's lock, taken in two orders, hung a start.
+    init_ray(gpus_needed(args, config), config.worker_logs)
     clock.append(time.time())
     roles = make_roles(args, config)
     place(roles, args, config)
