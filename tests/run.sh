@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need into a virtual environment (VENV, default .venv) and runs them all.
-# usage: bash tests/run.sh [pytest arguments]
+# usage: bash tests/run.sh [pytest options]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv}
@@ -14,4 +14,6 @@ bash examples/quickstart/install.sh "$VENV" test
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
-exec "$VENV/bin/python" -m pytest "$@"
+# Two at a time; what starts the whole stack, with a process for every core and more, comes after them and alone.
+"$VENV/bin/python" -m pytest -n 2 --dist loadfile --ignore=tests/e2e --ignore=tests/faults "$@"
+exec "$VENV/bin/python" -m pytest tests/e2e tests/faults "$@"
