@@ -46,7 +46,7 @@ ALLOWED = {
     # Upstream loads the same paths of --actor.model_name_or_path with it, so a run trusts them in any case, and a dry
     # run that did not would refuse models that train.
     ("openrlhf_gopo/runtime/requests.py", "trust_remote_code"): (1, "a model that the user names, as upstream does"),
-    ("openrlhf_gopo/runtime/dry_run.py", "trust_remote_code"): (2, "the same"),
+    ("openrlhf_gopo/runtime/memory.py", "trust_remote_code"): (2, "the same"),
 }
 CALLS = {
     *(
