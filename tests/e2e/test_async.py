@@ -5,6 +5,7 @@ weights of the version that its turn names: of both roles, in dialogues that met
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ def trained(tmp_path_factory, train, tiny_model):
     out = tmp_path_factory.mktemp("async")
     ahead = ("--train.async_enable", "--train.partial_rollout_enable", "--algo.advantage.is_correction_level", "token")
     longer = ("--gopo.max_turns", 8, "--data.max_samples", 4 * STEPS, "--ckpt.max_num", 100, "--eval.steps", -1)
-    train(tiny_model, out, "--gopo.env", "shop", *ahead, *longer)
+    # Dialogues that outlast an update on any machine: only then do some meet new weights on their way.
+    slow = ("--gopo.user", f"{Path(__file__).with_name('slow_user.py')}:Slow")
+    train(tiny_model, out, "--gopo.env", "shop", *slow, *ahead, *longer)
     return out
 
 
