@@ -147,6 +147,11 @@ class GopoConfig:
     user_timeout: float = flag(60.0, "seconds one call of the environment may take before the dialogue fails")
     attempts: int = flag(2, "times a failing dialogue is run before it is quarantined")
     max_failure_rate: float = flag(0.2, "share of quarantined dialogues in one batch that stops the run")
+    engine_restarts: int = flag(
+        3,
+        "times a rollout actor that dies, or whose vLLM engine does, is started again with the weights of now; its "
+        "dialogues are played again. Beyond, and with --train.async_enable, the run ends and a checkpoint goes on",
+    )
     eval_goals: int = flag(64, "held-out goals of one evaluation (--eval.steps says when)")
     expert_num_engines: int = flag(None, "vLLM engines of the expert; default: --vllm.num_engines", kind=int)
     expert_gpu_memory_utilization: float = flag(
@@ -176,6 +181,7 @@ class GopoConfig:
         for name in (*counts, "expert_plan_tokens"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--gopo.{name}", value, "give 1 or more")
+        _require(self.engine_restarts >= 0, "--gopo.engine_restarts", self.engine_restarts, "give 0 or more")
         _require(self.expert_pg_coef >= 0, "--gopo.expert_pg_coef", self.expert_pg_coef, "give 0 or more")
         _require(
             self.pref.coef + self.expert_pg_coef > 0,

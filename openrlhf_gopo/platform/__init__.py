@@ -2,7 +2,8 @@
 
 OpenRLHF 0.11.2 says ``cuda`` in a few places. ``PATCHES`` below is the whole list of what is changed, and when: after
 the named module has been imported, in this process, its Ray workers and vLLM's engine processes. With a GPU nothing
-here is active. ``OPENRLHF_GOPO_CPU=1`` or ``=0`` overrides the detection.
+of it is active. ``OPENRLHF_GOPO_CPU=1`` or ``=0`` overrides the detection. One thing is for both: the engine of a
+rollout actor ends with it (``END_WITH_PARENT``).
 
 Importing this package is cheap; it imports neither torch nor any part of the stack.
 """
@@ -15,7 +16,16 @@ from openrlhf_gopo.platform import children, cuda, deepspeed, environment, flash
 from openrlhf_gopo.platform.environment import SWITCH, is_cpu, one_process
 from openrlhf_gopo.platform.flags import FLAG_DEFAULTS, check_flags
 
-__all__ = ["FLAG_DEFAULTS", "activate", "activate_in_engine", "check_flags", "is_cpu", "one_process", "ray_runtime_env"]
+__all__ = [
+    "END_WITH_PARENT",
+    "FLAG_DEFAULTS",
+    "activate",
+    "activate_in_engine",
+    "check_flags",
+    "is_cpu",
+    "one_process",
+    "ray_runtime_env",
+]
 
 PATCHES = {
     "multiprocessing.spawn": children.activate_spawned,
@@ -27,6 +37,8 @@ PATCHES = {
     "vllm.model_executor.models.registry": children.inspect_models_in_process,
 }
 CONTEXTS = {"openrlhf.models.ring_attn_utils": flash_attn.stand_ins}
+
+END_WITH_PARENT = "OPENRLHF_GOPO_END_WITH_PARENT"
 
 _active = False
 
@@ -47,9 +59,11 @@ def activate() -> None:
 
 def activate_in_engine() -> None:
     """Entry point ``vllm.general_plugins``: every vLLM process of this machine calls it, also those of other users'
-    programs, so it obeys the switch alone, which ``activate`` set in the parent process."""
+    programs, so it obeys what the parent process set: the switch, or that the engine is a rollout actor's own."""
     if os.environ.get(SWITCH) == "1":
         activate()
+    if os.environ.get(END_WITH_PARENT) == "1":
+        children.end_with_parent()
 
 
 def ray_runtime_env() -> dict:

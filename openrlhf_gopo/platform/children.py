@@ -1,8 +1,11 @@
-"""Processes that an activated process starts outside Ray: vLLM's engine core and its model inspection."""
+"""Processes that a process starts outside Ray: vLLM's engine core and its model inspection."""
 
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -38,3 +41,19 @@ def inspect_models_in_process(registry: Any) -> None:
     and the subprocess would not be activated.
     """
     registry._run_in_subprocess = lambda function: function()
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone, however it went.
+
+    vLLM 0.29.0's engine core waits for requests for ever once its client was killed, and keeps its memory.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="gopo-end-with-parent", daemon=True).start()

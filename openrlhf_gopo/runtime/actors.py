@@ -28,6 +28,12 @@ class _RolePolicy(ppo_actor.PolicyModelActor.__ray_metadata__.modified_class):
         with self.actor.choosing(mm_train_inputs_list):
             return super().forward(*args, **kwargs)
 
+    def reconnect_engines(self) -> None:
+        """A new weight-sync group with the same engines, one of which was started again; upstream's, once more."""
+        if not self.trainer.use_cuda_ipc and torch.distributed.get_rank() == 0:
+            self.trainer._init_vllm_sync_group(getattr(self.strategy.args.vllm, "sync_backend", "nccl"))
+        torch.distributed.barrier()
+
 
 class _RoleReference(launcher.ReferenceModelActor.__ray_metadata__.modified_class):
     def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:

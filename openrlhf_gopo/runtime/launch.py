@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import ray
-from openrlhf.trainer.ray import create_vllm_engines
+from openrlhf.trainer.ray import create_vllm_engines, vllm_engine
 from openrlhf.trainer.ray.launcher import RayActorGroup
 from openrlhf.trainer.ray.ppo_critic import CriticModelActor
 from openrlhf.utils import get_strategy, get_tokenizer
@@ -27,7 +27,9 @@ from openrlhf_gopo.runtime.checkpoint import Checkpoints
 from openrlhf_gopo.runtime.checks import gpus_needed
 from openrlhf_gopo.runtime.cluster import init_ray
 from openrlhf_gopo.runtime.liveness import watched
+from openrlhf_gopo.runtime.models import substituted
 from openrlhf_gopo.runtime.requests import build_policy, policy_spec
+from openrlhf_gopo.runtime.restarts import rollout_actor
 from openrlhf_gopo.runtime.roles import Role, make_roles
 from openrlhf_gopo.runtime.samples_generator import RolloutSpec
 from openrlhf_gopo.runtime.trainer import GOPOTrainer
@@ -96,15 +98,15 @@ def place(roles: dict[str, Role], args: SimpleNamespace, config: GopoConfig) -> 
         everything = placement(args.actor.num_nodes * args.actor.num_gpus_per_node)
     if not config.own_expert:
         only = roles[RESPONDER]
-        _place_role(only, everything, policies=1)
+        _place_role(only, everything, config, policies=1)
         for role in roles.values():  # the expert too, where one model plays both
             role.actor, role.reference, role.engines = only.actor, only.reference, only.engines
         return
     for role in roles.values():
-        _place_role(role, everything, policies=2)
+        _place_role(role, everything, config, policies=2)
 
 
-def _place_role(role: Role, everything: Any, *, policies: int) -> None:
+def _place_role(role: Role, everything: Any, config: GopoConfig, *, policies: int) -> None:
     args = role.args
     ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
     together = everything or (placement(ranks) if args.train.colocate_actor_ref else None)
@@ -112,7 +114,8 @@ def _place_role(role: Role, everything: Any, *, policies: int) -> None:
     share = (0.2 if policies == 1 else 0.1) if everything else (0.2 if together else 1)
     copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
     # Engines that roll out while models learn stand on GPUs of their own, as upstream's do.
-    role.engines = engines(args, args.actor.model_name_or_path, None if args.train.async_enable else everything)
+    bundles, restarts = (None, 0) if args.train.async_enable else (everything, config.engine_restarts)
+    role.engines = engines(args, args.actor.model_name_or_path, bundles, restarts)
 
     def group(where: SimpleNamespace, actor_class: Any, bundle: Any, part: float) -> RayActorGroup:
         return RayActorGroup(
@@ -139,11 +142,16 @@ def placement(gpus: int) -> Any:
     return bundle
 
 
-def engines(args: SimpleNamespace, model: str, everything: Any = None) -> list:
-    """``model`` in vLLM rollout actors that can host dialogues.
+def engines(args: SimpleNamespace, model: str, everything: Any = None, restarts: int = 0) -> list:
+    """``model`` in vLLM rollout actors that can host dialogues, each started again up to ``restarts`` times.
 
     Log-probabilities are those of the distribution that was sampled from.
     """
+    with substituted(vllm_engine, RolloutRayActor=rollout_actor(restarts)):
+        return _engines(args, model, everything)
+
+
+def _engines(args: SimpleNamespace, model: str, everything: Any) -> list:
     return create_vllm_engines(
         args.vllm.num_engines,
         args.vllm.tensor_parallel_size,

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from openrlhf.utils.logging_utils import init_logger
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from openrlhf_gopo.errors import WorkerError
 from openrlhf_gopo.runtime.roles import Role
@@ -23,16 +23,16 @@ EXIT = 3
 logger = init_logger(__name__)
 
 
-def actors_of(roles: Mapping[str, Role]) -> dict[str, Any]:
-    """Every actor handle of the run by a name for people; with sharing a group appears once."""
+def pings_of(roles: Mapping[str, Role]) -> dict[str, Any]:
+    """Of every actor of the run a method to ping, by a name for people; with sharing a group appears once."""
     found: dict[str, Any] = {}
     for name, role in reversed(roles.items()):
         groups = {"policy": role.actor, "reference": role.reference, "critic": role.critic}
         for kind, group in groups.items():
             for rank, handle in enumerate(group._actor_handlers if group is not None else []):
-                found.setdefault(handle._actor_id, (f"the {name}'s {kind} actor, rank {rank}", handle))
+                found.setdefault(handle._actor_id, (f"the {name}'s {kind} actor, rank {rank}", handle.__ray_ready__))
         for number, handle in enumerate(role.engines or []):
-            found.setdefault(handle._actor_id, (f"the {name}'s rollout actor {number}", handle))
+            found.setdefault(handle._actor_id, (f"the {name}'s rollout actor {number}", handle.is_current))
     return dict(found.values())
 
 
@@ -44,12 +44,12 @@ def watched(roles: Mapping[str, Role], checkpoints: str) -> Iterator[None]:
         WorkerError: at the end of the block, in place of what Ray raised. If the block does not end within ``GRACE``
             seconds of a death, the process ends with the same message and status ``EXIT``.
     """
-    actors, over = actors_of(roles), threading.Event()
-    threading.Thread(target=_watch, args=(actors, over, checkpoints), daemon=True).start()
+    pings, over = pings_of(roles), threading.Event()
+    threading.Thread(target=_watch, args=(pings, over, checkpoints), daemon=True).start()
     try:
         yield
     except RayError as error:
-        dead = _dead(actors) or _without_engine(actors)
+        dead = _dead(pings)
         if dead:
             raise WorkerError(_message(dead, checkpoints)) from error
         raise
@@ -65,15 +65,17 @@ def _message(dead: list[str], checkpoints: str) -> str:
     )
 
 
-def _watch(actors: Mapping[str, Any], over: threading.Event, checkpoints: str) -> None:
-    """A call waits in a busy actor's queue, and fails as soon as the actor is dead."""
-    pings = {handle.__ray_ready__.remote(): name for name, handle in actors.items()}
+def _watch(pings: Mapping[str, Any], over: threading.Event, checkpoints: str) -> None:
+    """A call waits in a busy actor's queue, and fails as soon as the actor is dead for good."""
+    calls = {ping.remote(): name for name, ping in pings.items()}
     while not over.wait(PING):
-        done, _ = ray.wait(list(pings), num_returns=len(pings), timeout=0)
+        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
         for ref in done:
-            name = pings.pop(ref)
+            name = calls.pop(ref)
             try:
                 ray.get(ref)
+            except ActorUnavailableError:  # being started again, or about to be found dead
+                pass
             except RayActorError:
                 if not over.wait(GRACE):
                     print(f"train_gopo: error: {_message([name], checkpoints)}", file=sys.stderr, flush=True)
@@ -81,26 +83,18 @@ def _watch(actors: Mapping[str, Any], over: threading.Event, checkpoints: str) -
                 return
             except RayError:
                 return
-            pings[actors[name].__ray_ready__.remote()] = name
+            calls[pings[name].remote()] = name
 
 
-def _dead(actors: Mapping[str, Any]) -> list[str]:
-    pings = {handle.__ray_ready__.remote(): name for name, handle in actors.items()}
-    done, _ = ray.wait(list(pings), num_returns=len(pings), timeout=5)
-    return [pings[ref] for ref in done if _fails(ref, RayActorError)]
+def _dead(pings: Mapping[str, Any]) -> list[str]:
+    calls = {ping.remote(): name for name, ping in pings.items()}
+    done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=5)
+    return [calls[ref] for ref in done if _fails(ref)]
 
 
-def _without_engine(actors: Mapping[str, Any]) -> list[str]:
-    """Rollout actors that live on after vLLM's own process died below them: any call to it fails."""
-    engines = {name: handle for name, handle in actors.items() if "rollout" in name}
-    calls = {handle.reset_prefix_cache.remote(): name for name, handle in engines.items()}
-    done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=10)
-    return [f"the vLLM engine of {calls[ref]}" for ref in done if _fails(ref, RayError)]
-
-
-def _fails(ref: Any, kind: type[Exception]) -> bool:
+def _fails(ref: Any) -> bool:
     try:
         ray.get(ref, timeout=0)
-    except kind:
+    except RayActorError:
         return True
     return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from openrlhf_gopo.evaluation.records import append_trajectory
 from openrlhf_gopo.rewards.custom import RewardSpec
 from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.runtime.requests import DialogueRequest, PolicySpec
+from openrlhf_gopo.runtime.restarts import Restarts
 from openrlhf_gopo.runtime.samples import DialogueSample
 from openrlhf_gopo.types import Goal, Trajectory
 
@@ -54,9 +56,17 @@ class RolloutSpec:
 class GOPOSamplesGenerator(SamplesGenerator):
     """Plays dialogues in the rollout actors of the responder and writes each to ``trajectories`` as it arrives."""
 
-    def __init__(self, *args: Any, expert_engines: list | None, spec: RolloutSpec, folder: Path, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        expert_engines: list | None,
+        restarts: Restarts,
+        spec: RolloutSpec,
+        folder: Path,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.expert_engines, self.spec = expert_engines, spec
+        self.expert_engines, self.restarts, self.spec = expert_engines, restarts, spec
         self.trajectories = folder / "trajectories.jsonl"
         self._requests = self._rollouts = 0
         self._places: dict[str, int] = {}
@@ -71,6 +81,7 @@ class GOPOSamplesGenerator(SamplesGenerator):
         """
         self._rollouts += 1
         self._seed = self.spec.seed + self._rollouts
+        self.restarts.await_started()
         self._wake_expert()
         samples, rate, consumed, exhausted = super().generate_samples(**generate_kwargs)
         self._sleep_expert()
@@ -81,6 +92,7 @@ class GOPOSamplesGenerator(SamplesGenerator):
         """All held-out goals, with the same users every time and the expert's probabilities; they go to ``path``."""
         self._seed, training, self.trajectories = self.spec.seed, self.trajectories, path
         path.unlink(missing_ok=True)
+        self.restarts.await_started()
         self._wake_expert()
         try:
             return [s.trajectory for s in self.generate_eval_samples(probabilities=True, **generate_kwargs)]
@@ -107,7 +119,8 @@ class GOPOSamplesGenerator(SamplesGenerator):
     def _generate_vllm(self, *args: Any, **kwargs: Any) -> tuple[list[DialogueSample], int, bool]:
         """Upstream's, whose groups come as they finish, in the order of their goals: a rerun is then the same run."""
         self._places = {}
-        samples, consumed, exhausted = super()._generate_vllm(*args, **kwargs)
+        with nullcontext() if self.args.train.async_enable else self.restarts.mending():
+            samples, consumed, exhausted = super()._generate_vllm(*args, **kwargs)
         return sorted(samples, key=lambda s: self._places[s.trajectory.goal.id]), consumed, exhausted
 
     def _dispatch_prompts_to_vllm(

@@ -23,6 +23,7 @@ from openrlhf_gopo.evaluation.transcript import as_text
 from openrlhf_gopo.runtime.checkpoint import Checkpoints
 from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, GOPOExperienceMaker, ResponderExperienceMaker
 from openrlhf_gopo.runtime.requests import Switch
+from openrlhf_gopo.runtime.restarts import Restarts
 from openrlhf_gopo.runtime.roles import Role
 from openrlhf_gopo.runtime.rollout_metrics import rollout_metrics
 from openrlhf_gopo.runtime.rollouts import Batch, Rollouts, RolloutsAhead
@@ -38,9 +39,9 @@ EXAMPLES = 8  # dialogues of an evaluation that are also written as text
 class Learner(BasePPOTrainer):
     """One role's half of a step: experiences, update, weight sync. Everything but the maker is upstream's."""
 
-    def __init__(self, role: Role, config: GopoConfig, num_labels: int, tokenizer: Any) -> None:
+    def __init__(self, role: Role, config: GopoConfig, num_labels: int, tokenizer: Any, restarts: Restarts) -> None:
         super().__init__(role.strategy, role.actor, role.critic, None, role.reference, role.engines, tokenizer)
-        self.role, self.of = role.name, role
+        self.role, self.of, self.restarts = role.name, role, restarts
         decides = role.name == EXPERT or config.policy == "single_level"
         groups = (role.actor, role.critic, None, role.reference, self.kl_ctl, role.strategy, tokenizer)
         maker = ExpertExperienceMaker if role.name == EXPERT else ResponderExperienceMaker
@@ -62,6 +63,11 @@ class Learner(BasePPOTrainer):
         status = {**self.ppo_train(global_step), **self.experience_maker.metrics}
         status["time_experience"], status["time_update"] = made - start, time.time() - made
         return {f"{self.role}/{key}": value for key, value in status.items()}
+
+    def broadcast_to_vllm(self) -> None:
+        """Upstream's, to engines that were started again too."""
+        with self.restarts.rejoined(self.of):
+            super().broadcast_to_vllm()
 
 
 class GOPOTrainer(BasePPOTrainer):
@@ -93,7 +99,10 @@ class GOPOTrainer(BasePPOTrainer):
         super().__init__(strategy, *groups, tokenizers[RESPONDER])
         self.env, self.config, self.results, self.checkpoints = env, config, results, checkpoints
         self.evaluations = results / "eval"
-        self.learners = {name: Learner(role, config, num_labels, tokenizers[name]) for name, role in roles.items()}
+        self.restarts = Restarts(roles)
+        self.learners = {
+            name: Learner(role, config, num_labels, tokenizers[name], self.restarts) for name, role in roles.items()
+        }
         self.num_labels = num_labels
         for interval in (self.args.eval, self.args.ckpt):
             key = "steps" if interval is self.args.eval else "save_steps"
@@ -111,6 +120,7 @@ class GOPOTrainer(BasePPOTrainer):
             tokenizer=self.tokenizer,
             vllm_engines=responder.engines,
             expert_engines=roles[EXPERT].engines if config.own_expert else None,
+            restarts=self.restarts,
             spec=spec,
             folder=results,
         )
@@ -191,6 +201,7 @@ class GOPOTrainer(BasePPOTrainer):
         start = time.time()
         self._switch(roles, global_step + 1)
         status["timing/sync"] = time.time() - start
+        status["rollout/engine_restarts"] = float(self.restarts.take_count())
         return status, global_step + 1
 
     def _switch(self, roles: tuple[str, ...], version: int) -> None:

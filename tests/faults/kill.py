@@ -2,12 +2,14 @@
 
     python tests/faults/kill.py --kills 50 --seed 0 [-- further flags of the training command]
 
-One uninterrupted run comes first. Then the same run is started, one of its processes gets SIGKILL (the driver, a policy
-actor, a rollout actor or a vLLM engine, in turn), the same command with --ckpt.load_enable goes on, and so forth until
-it ends; as many such runs as the kills take. Moments are drawn from the seed: while starting, or some time after a
-step. Checked after each kill and at each end:
+One uninterrupted run comes first. Then the same run is started, and its processes get SIGKILL: the driver, a policy
+actor, a rollout actor or a vLLM engine, in turn. The run survives the last two: the actor starts again, gets the
+weights of now and plays its dialogues again. After the first two, and whatever dies while the run starts, the same
+command with --ckpt.load_enable goes on, and so forth until it ends; as many such runs as the kills take. Moments are
+drawn from the seed: while starting, or some time after a step. Checked after each kill and at each end:
 
-- the run ends by itself, not by a time limit, with a message that names what died, and leaves no process behind;
+- a run that ends, ends by itself, not by a time limit, with a message that names what died, and leaves no process
+  behind; nor does an actor that dies leave its engine behind;
 - it goes on from the newest complete set, and does at most --ckpt.save_steps steps again;
 - every line of trajectories.jsonl and metrics.jsonl is whole, and none stands twice;
 - the metrics of every step and evaluation are those of the uninterrupted run, to the last digit.
@@ -32,8 +34,16 @@ from pathlib import Path
 import psutil
 from training_run import FLAGS, PATIENCE, STEPS, Run, build, end, family, titles, wait
 
-VICTIMS = {"policy": "_RolePolicy", "rollout": "RolloutRayActor", "engine": "VLLM::EngineCore"}
-NAMED = {"policy": "policy actor", "rollout": "rollout actor", "engine": "vLLM engine|rollout actor"}
+# Words of their titles: Ray's actors are called by their class, or by the class of the method that they are in.
+VICTIMS = {
+    "policy": ("_RolePolicy", "PolicyModelActor"),
+    "rollout": ("_RolloutActor", "RolloutRayActor"),
+    "engine": ("VLLM::EngineCore",),
+}
+NAMED = {"policy": "policy actor", "rollout": "rollout actor", "engine": "rollout actor"}
+RESTARTS = "rollout/engine_restarts"
+RESTARTED = ("rollout", "engine")
+ORPHANS = 120.0  # seconds in which a process ends whose parent was killed
 STARTING = 0.25  # share of kills while the run starts
 CROWDED = "The current node timed out during startup"  # Ray gives its own processes 30 s; a full machine needs more
 
@@ -43,6 +53,7 @@ class Tally:
     """What happened so far."""
 
     kills: Counter = field(default_factory=Counter)
+    survived: Counter = field(default_factory=Counter)
     moments: Counter = field(default_factory=Counter)
     runs: int = 0
     steps_again: int = 0
@@ -51,13 +62,15 @@ class Tally:
 
     def table(self) -> str:
         """Markdown."""
-        rows = [f"| {victim} | {count} | {count} |" for victim, count in sorted(self.kills.items())]
+        rows = [
+            f"| {victim} | {count} | {self.survived[victim]} | {count - self.survived[victim]} |"
+            for victim, count in [*sorted(self.kills.items()), ("all", self.kills.total())]
+        ]
         return "\n".join(
             [
-                "| SIGKILL to | times | gone on from the newest complete set |",
-                "|---|---|---|",
+                "| SIGKILL to | times | the run went on | it ended, and went on from the newest complete set |",
+                "|---|---|---|---|",
                 *rows,
-                f"| all | {self.kills.total()} | {self.kills.total()} |",
                 "",
                 f"{self.runs} runs of {STEPS} steps ended with the metrics of an uninterrupted one; "
                 f"{self.moments['start']} kills while starting, {self.moments['step']} while training; steps done "
@@ -67,10 +80,14 @@ class Tally:
         )
 
 
-def kill(run: Run, process: subprocess.Popen, victim: str, rng: random.Random, tally: Tally) -> bool:
-    """Kill ``victim`` at a random moment and see the run end; False when it was over before."""
+def kill(run: Run, process: subprocess.Popen, victim: str, rng: random.Random, tally: Tally, *, first: bool) -> str:
+    """Kill ``victim`` at a random moment: the run "survived" it, or "ended"; "over" when it had done its work before.
+
+    ``first`` of this start: the moment may be while it starts. A run that survives has made another step when this
+    returns.
+    """
     known = run.step()
-    starting = (victim == "driver" and rng.random() < 2 * STARTING) or rng.random() < STARTING / 2
+    starting = first and ((victim == "driver" and rng.random() < 2 * STARTING) or rng.random() < STARTING / 2)
     if starting:
         ready = (lambda: True) if victim == "driver" else (lambda: titles(family(process), VICTIMS[victim]))
         delay = rng.uniform(0, 25 if victim == "driver" else 5)
@@ -78,31 +95,45 @@ def kill(run: Run, process: subprocess.Popen, victim: str, rng: random.Random, t
         ready, delay = (lambda: run.step() > known), rng.uniform(0, 5)
     assert wait(process, PATIENCE, ready), f"no step in {PATIENCE} s: {run.tail()}"
     if wait(process, delay):
-        return False
+        return "over"
     below = family(process)
     targets = [psutil.Process(process.pid)] if victim == "driver" else titles(below, VICTIMS[victim])
     if not targets:
-        return False
-    rng.choice(sorted(targets, key=lambda p: p.pid)).kill()
-    if not wait(process, PATIENCE):
+        return "over"
+    target = rng.choice(sorted(targets, key=lambda p: p.pid))
+    with_it, reached = target.children(recursive=True), run.step()
+    target.kill()
+    if victim != "driver":
+        orphans = psutil.wait_procs(with_it, timeout=ORPHANS)[1]
+        assert not orphans, f"{victim} killed, and left behind: {orphans}"
+    if not wait(process, PATIENCE, lambda: victim in RESTARTED and run.step() > reached):
         end(process, below)
-        raise AssertionError(f"{victim} killed, and the run does not end in {PATIENCE} s: {run.tail()}")
-    _, alive = psutil.wait_procs(below, timeout=PATIENCE / 5)
-    left = [one for one in alive if not titles([one], "Agent")]  # Ray's own agents look for their node now and then
+        raise AssertionError(f"{victim} killed, and the run neither goes on nor ends in {PATIENCE} s: {run.tail()}")
+    survived = process.poll() in (None, 0)
+    if survived and victim not in RESTARTED:
+        return "over"  # it had done its work
+    tally.kills[victim] += 1
+    tally.survived[victim] += survived
+    tally.moments["start" if starting else "step"] += 1
+    if survived:
+        return "survived"
+    check_ended(run, process, victim, below)
+    return "ended"
+
+
+def check_ended(run: Run, process: subprocess.Popen, victim: str, below: list[psutil.Process]) -> None:
+    """The run ended by itself, said what died, and left nothing behind."""
+    _, alive = psutil.wait_procs(below, timeout=ORPHANS)
+    left = [one for one in alive if not titles([one], ("Agent",))]  # Ray's own agents look for their node now and then
     end(process, alive)
     assert not left, f"{victim} killed, and left behind: {left}"
-    if process.returncode == 0:  # it had done its work
-        return False
     if victim == "driver":
         assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode > 0, run.tail()
-        last = [line for line in run.log.read_text().splitlines() if line.startswith("train_gopo: error: ")]
-        assert last, f"{victim} killed, no error message: {run.tail()}"
-        assert re.search(NAMED[victim], last[-1]), last[-1]
-    tally.kills[victim] += 1
-    tally.moments["start" if starting else "step"] += 1
-    return True
+        return
+    assert process.returncode > 0, run.tail()
+    last = [line for line in run.log.read_text().splitlines() if line.startswith("train_gopo: error: ")]
+    assert last, f"{victim} killed, no error message: {run.tail()}"
+    assert re.search(NAMED[victim], last[-1]), last[-1]
 
 
 def check_resumed(run: Run, expected: dict | None, reached: int, tally: Tally) -> None:
@@ -131,9 +162,9 @@ def check_end(run: Run, reference: list[dict], tally: Tally) -> None:
 
 
 def comparable(records: list[dict]) -> list[dict]:
-    """What has to be equal: everything but clocks."""
+    """What has to be equal: everything but clocks and the count of restarts."""
     clock = re.compile(r"time$|timing/|.*/time_")
-    kept = [{k: v for k, v in r.items() if not clock.match(k)} for r in records]
+    kept = [{k: v for k, v in r.items() if not clock.match(k) and k != RESTARTS} for r in records]
     return [r for r in kept if len(r) > 1]  # a start logs only how long it took
 
 
@@ -173,10 +204,15 @@ def _campaign(
         while True:
             process = run.start()
             started[:] = [process]
-            victims = victims or rng.sample(["driver", *VICTIMS], 4)
-            if tally.kills.total() < kills and kill(run, process, victims[-1], rng, tally):
-                say(f"{tally.kills.total()}: {victims.pop()} killed after step {run.step()}; {time.ctime()}")
-            else:
+            outcome, first = "survived", True
+            while outcome == "survived" and tally.kills.total() < kills:
+                victims = victims or rng.sample(["driver", *VICTIMS], 4)
+                outcome = kill(run, process, victims[-1], rng, tally, first=first)
+                first = False
+                if outcome != "over":
+                    killed = f"{tally.kills.total()}: {victims.pop()} killed, {outcome}"
+                    say(f"{killed}; step {run.step()}; {time.ctime()}", flush=True)
+            if outcome != "ended":
                 assert wait(process, 4 * PATIENCE), run.tail()
                 assert process.returncode == 0 or CROWDED in run.tail(), run.tail()
             if expected is not None:

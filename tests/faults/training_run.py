@@ -38,6 +38,7 @@ FLAGS = {
     "--eval.n_samples_per_prompt": 1,
     "--eval.temperature": 1.0,
     "--gopo.eval_goals": 2,
+    "--gopo.engine_restarts": 100,
 }
 
 
@@ -112,12 +113,13 @@ def family(process: subprocess.Popen) -> list[psutil.Process]:
         return []
 
 
-def titles(processes: list[psutil.Process], word: str) -> list[psutil.Process]:
-    """Those with ``word`` in their title."""
+def titles(processes: list[psutil.Process], words: tuple[str, ...]) -> list[psutil.Process]:
+    """Those with one of ``words`` in their title."""
     found = []
     for one in processes:
         try:
-            if word in " ".join(one.cmdline()) or word in one.name():
+            title = " ".join([*one.cmdline(), one.name()])
+            if any(word in title for word in words):
                 found.append(one)
         except psutil.Error:
             continue

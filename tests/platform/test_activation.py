@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing.spawn
+import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import psutil
 import pytest
 
 from openrlhf_gopo import platform
@@ -37,6 +39,38 @@ def test_with_a_gpu_nothing_happens(cuda: ModuleType, monkeypatch: pytest.Monkey
     platform.activate_in_engine()
     assert not platform.is_cpu()
     assert platform.ray_runtime_env() == {}
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_an_engine_ends_with_a_parent_that_is_killed_if_the_parent_asked_for_it(tmp_path: Path, asked: bool) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import multiprocessing, os, time\n"
+        "from openrlhf_gopo import platform\n"
+        "def engine():\n"
+        "    platform.activate_in_engine()\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.get_context('spawn').Process(target=engine).start()\n"
+        "    time.sleep(60)\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != SWITCH}
+    env |= {platform.END_WITH_PARENT: "1"} if asked else {}
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=env)
+    assert parent.stdout is not None
+    engine = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    try:
+        if asked:
+            engine.wait(timeout=30)
+        else:
+            with pytest.raises(psutil.TimeoutExpired):
+                engine.wait(timeout=1)
+    finally:
+        if engine.is_running():
+            engine.kill()
 
 
 def test_the_switch_overrides_the_detection(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +105,7 @@ def test_what_the_user_set_wins_and_reaches_the_workers(monkeypatch: pytest.Monk
     assert variables["OMP_NUM_THREADS"] == "7"
     assert variables["KMP_BLOCKTIME"] == "0"
     assert variables[SWITCH] == "1"
-    assert environment.os.environ["VLLM_PLUGINS"] == "theirs,openrlhf_gopo_cpu"
+    assert environment.os.environ["VLLM_PLUGINS"] == "theirs,openrlhf_gopo"
     assert "HF_HUB_OFFLINE" not in variables
 
 
