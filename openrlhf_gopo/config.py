@@ -150,7 +150,8 @@ class GopoConfig:
     engine_restarts: int = flag(
         3,
         "times a rollout actor that dies, or whose vLLM engine does, is started again with the weights of now; its "
-        "dialogues are played again. Beyond, and with --train.async_enable, the run ends and a checkpoint goes on",
+        "dialogues are played again. Beyond that, and with --train.async_enable or --vllm.sync_with_ray, the run ends; "
+        "--ckpt.load_enable goes on",
     )
     eval_goals: int = flag(64, "held-out goals of one evaluation (--eval.steps says when)")
     expert_num_engines: int = flag(None, "vLLM engines of the expert; default: --vllm.num_engines", kind=int)

@@ -114,8 +114,14 @@ def _place_role(role: Role, everything: Any, config: GopoConfig, *, policies: in
     share = (0.2 if policies == 1 else 0.1) if everything else (0.2 if together else 1)
     copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
     # Engines that roll out while models learn stand on GPUs of their own, as upstream's do.
-    bundles, restarts = (None, 0) if args.train.async_enable else (everything, config.engine_restarts)
-    role.engines = engines(args, args.actor.model_name_or_path, bundles, restarts)
+    # Ray's collectives cannot form a group anew, and weights that change under way are not those of a dialogue.
+    fixed = args.train.async_enable or args.vllm.sync_with_ray
+    role.engines = engines(
+        args,
+        args.actor.model_name_or_path,
+        None if args.train.async_enable else everything,
+        0 if fixed else config.engine_restarts,
+    )
 
     def group(where: SimpleNamespace, actor_class: Any, bundle: Any, part: float) -> RayActorGroup:
         return RayActorGroup(
@@ -170,17 +176,20 @@ def _engines(args: SimpleNamespace, model: str, everything: Any) -> list:
 
 
 def load_models(roles: dict[str, Role], max_steps: int) -> None:
-    """Load every model. Engines are asked too: one that died at start would otherwise hang the weight-sync group."""
-    refs = []
+    """Load every model. Engines are watched: one that dies meanwhile would hang the weight-sync group."""
+    refs, deaths = [], []
     for role in {id(r.actor): r for r in roles.values()}.values():
         path = role.args.actor.model_name_or_path
-        refs += [engine.get_num_unfinished_requests.remote() for engine in role.engines or []]
+        deaths += [engine.until_death.remote() for engine in role.engines]
         refs += role.actor.async_init_model_from_pretrained(role.strategy, path, max_steps, role.engines)
         if role.reference is not None:
             refs += role.reference.async_init_model_from_pretrained(role.strategy, path)
     while refs:  # whichever fails first is raised first
-        done, refs = ray.wait(refs, num_returns=1)
+        done, _ = ray.wait([*refs, *deaths], num_returns=1)
         ray.get(done)
+        refs = [ref for ref in refs if ref not in done]
+    for ref in deaths:
+        ray.cancel(ref)
     for role in roles.values():
         if role.critic is not None:
             path = role.args.critic.model_name_or_path

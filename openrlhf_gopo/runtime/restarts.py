@@ -45,6 +45,10 @@ class _RolloutActor(RolloutRayActor.__ray_metadata__.modified_class):
         await self._alive(self.llm.check_health())
         return self._current.is_set()
 
+    async def until_death(self) -> None:
+        """A call that fails when this process dies, and never returns."""
+        await asyncio.Event().wait()
+
     async def admit(self) -> None:
         """The engine has the weights of now: let dialogues through."""
         self._current.set()

@@ -45,8 +45,8 @@ FLAGS = {
 class Run:
     """One training run in a folder: started, killed and started again."""
 
-    def __init__(self, model: Path, out: Path, extra: tuple[str, ...] = ()) -> None:
-        self.model, self.out, self.extra = model, out, extra
+    def __init__(self, model: Path, out: Path, extra: tuple[str, ...] = (), *, deterministic: bool = True) -> None:
+        self.model, self.out, self.extra = model, out, extra + ("--train.full_determinism_enable",) * deterministic
         self.results, self.sets = out / "results", out / "ckpt"
         self.starts = 0
 
@@ -58,7 +58,7 @@ class Run:
             "--ckpt.path": self.sets,
         }
         words = [str(word) for pair in flags.items() for word in pair]
-        words += [*self.extra, "--train.full_determinism_enable"] + ["--ckpt.load_enable"] * (self.starts > 0)
+        words += [*self.extra] + ["--ckpt.load_enable"] * (self.starts > 0)
         self.starts += 1
         self.out.mkdir(parents=True, exist_ok=True)
         self.log = self.out / f"start{self.starts}.log"
