@@ -12,7 +12,7 @@ def main() -> None:
     from openrlhf.cli import train_ppo_ray
 
     from openrlhf_gopo.runtime.cluster import init_ray
-    from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
+    from openrlhf_gopo.runtime.upstream.cli import UpstreamCli
 
     upstream = UpstreamCli.load()
     parser: argparse.ArgumentParser = upstream.parser

@@ -34,12 +34,12 @@ FIXTURES = ROOT / "tests" / "envs"
 ALLOWED = {
     ("openrlhf_gopo/envs/checker.py", "pickle.loads"): (1, "of what it has just dumped itself: goals must travel"),
     ("openrlhf_gopo/envs/shop_texts.py", "yaml.load"): (1, "with a subclass of SafeLoader, of a file of this package"),
-    ("openrlhf_gopo/runtime/upstream_cli.py", "exec"): (
+    ("openrlhf_gopo/runtime/upstream/cli.py", "exec"): (
         1,
         "upstream's installed module, which the run executes anyway",
     ),
-    ("openrlhf_gopo/runtime/upstream_cli.py", "runpy.run_path"): (1, "the same"),
-    ("openrlhf_gopo/runtime/upstream_cli.py", "compile"): (1, "the same"),
+    ("openrlhf_gopo/runtime/upstream/cli.py", "runpy.run_path"): (1, "the same"),
+    ("openrlhf_gopo/runtime/upstream/cli.py", "compile"): (1, "the same"),
     ("openrlhf_gopo/platform/__main__.py", "runpy.run_module"): (1, "the program that the user names"),
     ("openrlhf_gopo/plugins.py", "spec.loader.exec_module"): (1, "path/to/file.py:Class, named by the user"),
     ("openrlhf_gopo/platform/imports.py", "loader.exec_module"): (0, "wraps the import of upstream's modules"),

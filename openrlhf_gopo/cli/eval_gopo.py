@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     argv = sys.argv[1:] if argv is None else argv
     try:
-        from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
+        from openrlhf_gopo.runtime.upstream.cli import UpstreamCli
 
         flat = vars(build_parser(UpstreamCli.load().parser).parse_args(argv))
         found = contenders.parse_contenders(flat["policy"])

@@ -49,7 +49,7 @@ def page() -> str:
     Raises:
         ConfigError: OpenRLHF is not installed, or not the version that this project supports.
     """
-    from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
+    from openrlhf_gopo.runtime.upstream.cli import UpstreamCli
 
     before = os.environ.get(platform.SWITCH)
     os.environ[platform.SWITCH] = "0"  # equal on every machine
@@ -65,7 +65,7 @@ def page() -> str:
 
 
 def _command(module: ModuleType, upstream: argparse.ArgumentParser) -> str:
-    from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
+    from openrlhf_gopo.runtime.upstream.cli import UpstreamCli
 
     source = UPSTREAM.get(module.__name__.rpartition(".")[2])
     if source is not None:

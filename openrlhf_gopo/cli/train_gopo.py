@@ -104,7 +104,7 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, GopoConfig]:
         ConfigError: a value or combination that cannot work.
         SystemExit: argparse's own errors and --help.
     """
-    from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
+    from openrlhf_gopo.runtime.upstream.cli import UpstreamCli
 
     upstream = UpstreamCli.load()
     parser = build_parser(upstream.parser)
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, check, train, report. Every expected error is one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
-    from openrlhf_gopo.runtime.contract import check_upstream
+    from openrlhf_gopo.runtime.upstream.contract import check_upstream
 
     try:
         check_upstream(platform.is_cpu)

@@ -19,7 +19,7 @@ from openrlhf_gopo.cli.train_gopo import Parser
 from openrlhf_gopo.config import GopoConfig, PreferenceConfig, flags
 from openrlhf_gopo.errors import ConfigError, GopoError
 from openrlhf_gopo.flag import add_flags
-from openrlhf_gopo.runtime.offline_config import OfflineConfig
+from openrlhf_gopo.runtime.offline.config import OfflineConfig
 
 SHARED = ("env", "data", "labels", "names_only", "results_dir")  # of train_gopo's --gopo.* flags
 PREFERENCE = ("pairing", "beta", "weights", "discount", "margin", "label_smoothing", "offset", "gap_weight")
@@ -73,7 +73,7 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, dict[str, Any], OfflineConf
         ConfigError: a value or combination that cannot work.
         SystemExit: argparse's own errors and --help.
     """
-    from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
+    from openrlhf_gopo.runtime.upstream.cli import UpstreamCli
 
     upstream = UpstreamCli.load(module="openrlhf.cli.train_dpo")
     for word in argv:
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run(args: SimpleNamespace, shared: dict[str, Any], config: OfflineConfig) -> None:
     from openrlhf_gopo.envs import load_environment
     from openrlhf_gopo.policy.two_level import TwoLevelPolicy
-    from openrlhf_gopo.runtime.offline_data import Logs
+    from openrlhf_gopo.runtime.offline.data import Logs
     from openrlhf_gopo.runtime.requests import load_tokenizer
 
     env = load_environment(shared["env"], shared["data"])
@@ -144,7 +144,7 @@ def _run(args: SimpleNamespace, shared: dict[str, Any], config: OfflineConfig) -
     logs = Logs(env, policy, config, args.data.max_len)
     results = Path(shared["results_dir"] or Path(args.ckpt.output_dir) / "results")
     platform.one_process()
-    from openrlhf_gopo.runtime.offline_launch import train
+    from openrlhf_gopo.runtime.offline.launch import train
 
     train(args, config, logs, results)
 

@@ -23,7 +23,7 @@ from openrlhf_gopo.rewards.joint import parse_weights
 from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.runtime import agent
 from openrlhf_gopo.runtime.actors import RolePolicyActor, RoleReferenceActor
-from openrlhf_gopo.runtime.checkpoint import Checkpoints
+from openrlhf_gopo.runtime.checkpoints.checkpoint import Checkpoints
 from openrlhf_gopo.runtime.checks import gpus_needed
 from openrlhf_gopo.runtime.cluster import init_ray
 from openrlhf_gopo.runtime.liveness import watched

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from openrlhf_gopo.runtime.random_states import random_states
+from openrlhf_gopo.runtime.checkpoints.random_states import random_states
 from openrlhf_gopo.runtime.samples import DialogueSample
 from openrlhf_gopo.runtime.samples_generator import GOPOSamplesGenerator
 from openrlhf_gopo.types import Trajectory

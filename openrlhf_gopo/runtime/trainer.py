@@ -20,7 +20,7 @@ from openrlhf_gopo.evaluation.records import read_trajectories
 from openrlhf_gopo.evaluation.references import add_reference_scores
 from openrlhf_gopo.evaluation.summary import summarise
 from openrlhf_gopo.evaluation.transcript import as_text
-from openrlhf_gopo.runtime.checkpoint import Checkpoints
+from openrlhf_gopo.runtime.checkpoints.checkpoint import Checkpoints
 from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, GOPOExperienceMaker, ResponderExperienceMaker
 from openrlhf_gopo.runtime.requests import Switch
 from openrlhf_gopo.runtime.restarts import Restarts

@@ -17,7 +17,7 @@ from openrlhf_gopo.config import GopoConfig, JudgeConfig, LlmConfig, PreferenceC
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
 from openrlhf_gopo.runtime import checks
-from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
+from openrlhf_gopo.runtime.upstream.cli import UpstreamCli
 
 hide_what_cuda_builds_break()
 

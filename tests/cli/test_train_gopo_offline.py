@@ -16,8 +16,8 @@ from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.errors import ConfigError, DataError
 from openrlhf_gopo.evaluation.scripted import demonstrations
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy
-from openrlhf_gopo.runtime.offline_config import OfflineConfig
-from openrlhf_gopo.runtime.offline_data import Logs
+from openrlhf_gopo.runtime.offline.config import OfflineConfig
+from openrlhf_gopo.runtime.offline.data import Logs
 
 pytest.importorskip("openrlhf")
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from openrlhf_gopo.errors import ConfigError
-from openrlhf_gopo.runtime import contract
-from openrlhf_gopo.runtime.contract import (
+from openrlhf_gopo.runtime.upstream import contract
+from openrlhf_gopo.runtime.upstream.contract import (
     CPU_NAMES,
     DECORATED,
     FLAGS,
@@ -25,7 +25,7 @@ from openrlhf_gopo.runtime.contract import (
     SIGNATURES,
     breaks,
 )
-from openrlhf_gopo.runtime.sources import Find, file_in, source_file
+from openrlhf_gopo.runtime.upstream.sources import Find, file_in, source_file
 
 pytest.importorskip("openrlhf")
 ROOT = Path(__file__).parents[2]
@@ -179,7 +179,8 @@ def test_the_command_stops_at_once(tmp_path: Path, copied: tuple[Path, Find], ch
 
 def test_the_check_imports_nothing_heavy_and_takes_no_time() -> None:
     code = (
-        "import sys; from openrlhf_gopo.runtime.contract import breaks; from openrlhf_gopo.runtime.sources import *\n"
+        "import sys; from openrlhf_gopo.runtime.upstream.contract import breaks\n"
+        "from openrlhf_gopo.runtime.upstream.sources import source_file\n"
         "import time; started = time.process_time(); assert not list(breaks(source_file, True))\n"
         "print(time.process_time() - started)\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'vllm', 'deepspeed', 'transformers')))"

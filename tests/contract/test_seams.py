@@ -1,4 +1,4 @@
-"""The contract with upstream (``runtime/contract.py``) against the objects of the installed packages.
+"""The contract with upstream (``runtime/upstream/contract.py``) against the objects of the installed packages.
 
 A failure here names the seam that a new version has moved.
 """
@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from openrlhf_gopo import platform
-from openrlhf_gopo.runtime.contract import (
+from openrlhf_gopo.runtime.upstream.cli import UpstreamCli
+from openrlhf_gopo.runtime.upstream.contract import (
     CPU_NAMES,
     DECORATED,
     EXPERIENCE,
@@ -27,7 +28,6 @@ from openrlhf_gopo.runtime.contract import (
     SUPPORTED,
     version,
 )
-from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
 
 pytestmark = [
     pytest.mark.stack,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from openrlhf_gopo.errors import ConfigError
-from openrlhf_gopo.runtime.upstream_cli import UpstreamCli
+from openrlhf_gopo.runtime.upstream.cli import UpstreamCli
 
 pytest.importorskip("openrlhf")
 
@@ -85,7 +85,7 @@ def test_validation_gives_what_upstream_gives(upstream: tuple[list[str], dict, d
 
 def test_the_heavy_stack_is_not_imported() -> None:
     code = (
-        "import sys; from openrlhf_gopo.runtime.upstream_cli import UpstreamCli\n"
+        "import sys; from openrlhf_gopo.runtime.upstream.cli import UpstreamCli\n"
         "cli = UpstreamCli.load(); cli.validate(cli.parser.parse_args(['--reward.remote_url', 'x']))\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'vllm', 'deepspeed', 'transformers')))"
     )
@@ -138,7 +138,7 @@ def test_a_flag_that_upstream_needs_and_misses_is_named() -> None:
 
 def test_checks_survive_python_dash_o() -> None:
     code = (
-        "from openrlhf_gopo.runtime.upstream_cli import UpstreamCli\n"
+        "from openrlhf_gopo.runtime.upstream.cli import UpstreamCli\n"
         "cli = UpstreamCli.load()\n"
         "cli.validate(cli.parser.parse_args(['--reward.remote_url', 'x', '--train.partial_rollout_enable']))"
     )

@@ -12,9 +12,9 @@ import zipfile
 from pathlib import Path
 
 from openrlhf_gopo.errors import ConfigError
-from openrlhf_gopo.runtime.contract import breaks
-from openrlhf_gopo.runtime.sources import file_in, source_file
-from openrlhf_gopo.runtime.upstream_cli import MODULE, UpstreamCli
+from openrlhf_gopo.runtime.upstream.cli import MODULE, UpstreamCli
+from openrlhf_gopo.runtime.upstream.contract import breaks
+from openrlhf_gopo.runtime.upstream.sources import file_in, source_file
 
 
 def main(wheels: list[str]) -> int:

@@ -23,7 +23,7 @@ from parallel_script import experience, partitioned  # noqa: E402
 from openrlhf_gopo.cli import train_gopo  # noqa: E402
 from openrlhf_gopo.config import RESPONDER  # noqa: E402
 from openrlhf_gopo.runtime.actors import RolePolicyActor  # noqa: E402
-from openrlhf_gopo.runtime.random_states import random_states  # noqa: E402
+from openrlhf_gopo.runtime.checkpoints.random_states import random_states  # noqa: E402
 from openrlhf_gopo.runtime.roles import role_args, role_strategy  # noqa: E402
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from openrlhf_gopo import platform
-from openrlhf_gopo.runtime.random_states import random_states, restore_random_states
+from openrlhf_gopo.runtime.checkpoints.random_states import random_states, restore_random_states
 from openrlhf_gopo.runtime.samples_generator import GoalDataset, GOPOSamplesGenerator
 from openrlhf_gopo.types import Goal, StopReason, Trajectory
 

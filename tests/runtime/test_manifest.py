@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from openrlhf_gopo.errors import CheckpointError
-from openrlhf_gopo.runtime.manifest import START, CheckpointFolder
+from openrlhf_gopo.runtime.checkpoints.manifest import START, CheckpointFolder
 
 PARTS = ("trainer/{}", "expert/_actor/{}", "expert/_critic/{}", "responder/_actor/{}")
 

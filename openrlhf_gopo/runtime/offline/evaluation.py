@@ -19,8 +19,8 @@ import torch
 from openrlhf_gopo.core.categorical import PAD, masked_categorical_logprobs
 from openrlhf_gopo.core.preference import preference_pairs, trajectory_log_ratio
 from openrlhf_gopo.evaluation.summary import bootstrap
-from openrlhf_gopo.runtime.offline_config import OfflineConfig
-from openrlhf_gopo.runtime.offline_data import Sample, units
+from openrlhf_gopo.runtime.offline.config import OfflineConfig
+from openrlhf_gopo.runtime.offline.data import Sample, units
 
 Values = dict[str, dict[int, float]]  # metric -> index of the dialogue -> value
 

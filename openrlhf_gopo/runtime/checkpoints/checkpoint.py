@@ -21,9 +21,9 @@ from ray.exceptions import RayActorError, RayTaskError
 from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.errors import CheckpointError, ConfigError
 from openrlhf_gopo.evaluation.records import append_trajectory, read_trajectories
-from openrlhf_gopo.runtime.manifest import START, CheckpointFolder, CheckpointSet, unwritten
-from openrlhf_gopo.runtime.random_states import restore_random_states
-from openrlhf_gopo.runtime.resume import check_flags, cut_logs, log_offsets, recorded_flags
+from openrlhf_gopo.runtime.checkpoints.manifest import START, CheckpointFolder, CheckpointSet, unwritten
+from openrlhf_gopo.runtime.checkpoints.random_states import restore_random_states
+from openrlhf_gopo.runtime.checkpoints.resume import check_flags, cut_logs, log_offsets, recorded_flags
 from openrlhf_gopo.runtime.roles import Role
 
 if TYPE_CHECKING:

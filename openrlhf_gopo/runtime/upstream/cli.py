@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from openrlhf_gopo.errors import ConfigError
-from openrlhf_gopo.runtime.contract import SUPPORTED
+from openrlhf_gopo.runtime.upstream.contract import SUPPORTED
 
 MODULE = "openrlhf.cli.train_ppo_ray"
 HELPERS = "openrlhf.utils.config"  # of the standard library only, but its package imports DeepSpeed

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from openrlhf_gopo.config import EXPERT
 from openrlhf_gopo.core.offline import action_coefficients
 from openrlhf_gopo.runtime.models import RoleActor
-from openrlhf_gopo.runtime.offline_config import OfflineConfig
-from openrlhf_gopo.runtime.offline_data import Chunks, Sample, units
-from openrlhf_gopo.runtime.offline_eval import Values, compared, judge, ranks_of
+from openrlhf_gopo.runtime.offline.config import OfflineConfig
+from openrlhf_gopo.runtime.offline.data import Chunks, Sample, units
+from openrlhf_gopo.runtime.offline.evaluation import Values, compared, judge, ranks_of
 
 Scores = tuple[torch.Tensor, torch.Tensor | None]
 
