@@ -64,13 +64,14 @@ class Tally:
         """Markdown."""
         rows = [
             f"| {victim} | {count} | {self.survived[victim]} | {count - self.survived[victim]} |"
-            for victim, count in [*sorted(self.kills.items()), ("all", self.kills.total())]
+            for victim, count in sorted(self.kills.items())
         ]
         return "\n".join(
             [
                 "| SIGKILL to | times | the run went on | it ended, and went on from the newest complete set |",
                 "|---|---|---|---|",
                 *rows,
+                f"| all | {self.kills.total()} | {self.survived.total()} | {(self.kills - self.survived).total()} |",
                 "",
                 f"{self.runs} runs of {STEPS} steps ended with the metrics of an uninterrupted one; "
                 f"{self.moments['start']} kills while starting, {self.moments['step']} while training; steps done "

@@ -17,6 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from openrlhf_gopo import platform
 from openrlhf_gopo.runtime.checkpoints.random_states import random_states, restore_random_states
+from openrlhf_gopo.runtime.restarts import Restarts
 from openrlhf_gopo.runtime.samples_generator import GoalDataset, GOPOSamplesGenerator
 from openrlhf_gopo.types import Goal, StopReason, Trajectory
 
@@ -113,7 +114,9 @@ def generator(folder: Path, goals: int, batch: int, drawn: int) -> Rollouts:
     loader = StatefulDataLoader(data, 1, shuffle=True, collate_fn=GoalDataset.collate_fn, drop_last=True)
     folder.mkdir(exist_ok=True)
     strategy = SimpleNamespace(args=args)
-    return Rollouts(strategy, loader, None, None, [], expert_engines=None, spec=spec, folder=folder)
+    return Rollouts(
+        strategy, loader, None, None, [], expert_engines=None, restarts=Restarts({}), spec=spec, folder=folder
+    )
 
 
 def drawn(rollouts: Rollouts, calls: int) -> list:
