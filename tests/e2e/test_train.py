@@ -237,13 +237,3 @@ def test_an_evaluation_of_the_saved_pair_meets_the_same_users(trained, tiny_mode
     again = python(*command, *flags, *policies)
     assert {n: file.read_bytes() for n, file in files.items()} == before
     assert "Started a local Ray" not in again.stderr + again.stdout  # nothing to play, no engine
-
-
-def test_it_resumes_where_it_stopped(trained, train):
-    """The same command with --ckpt.load_enable and one more pass: it goes on from step 2, not from the start."""
-    name, _, model, out, _ = trained
-    if name != "shop":
-        pytest.skip("once is enough")
-    train(model, out, "--gopo.env", name, "--ckpt.load_enable", "--train.num_episodes", 2)
-    steps = [json.loads(line) for line in (out / "results" / "metrics.jsonl").read_text().splitlines()]
-    assert [step["global_step"] for step in steps if "expert/policy_loss" in step] == [1, 2, 3, 4]
