@@ -180,8 +180,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def _escape(text: str) -> str:
-    """No end of a cell and no beginning of a tag; "p<0.001" is none, and is read in terminals, too."""
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text.replace("|", "\\|"))
+    """No end of a cell, no link or image, no beginning of a tag; "p<0.001" is none, and is read in terminals, too."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text.replace("|", "\\|").replace("](", "]\\("))
 
 
 def _numbers(interval: Interval | None) -> list[str]:

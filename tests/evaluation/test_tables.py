@@ -56,11 +56,11 @@ def test_the_csv_has_plain_numbers(tmp_path):
 
 
 def test_names_cannot_break_the_tables(tmp_path):
-    found = Table.of({"a|b\n<b> \ud800": summarise([dialogue("a", 1)])})
+    found = Table.of({"a|b\n<b> ![x](http://y) \ud800": summarise([dialogue("a", 1)])})
     text = write_text(tmp_path / "table.md", found.text()).read_text(encoding="utf-8")
-    assert "| a\\|b &lt;b> \\ud800 | 1 |" in text
+    assert "| a\\|b &lt;b> ![x]\\(http://y) \\ud800 | 1 |" in text
     with found.write_csv(tmp_path / "table.csv").open(newline="", encoding="utf-8") as file:
-        assert next(csv.DictReader(file))["policy"] == "a|b\n<b> \\ud800"
+        assert next(csv.DictReader(file))["policy"] == "a|b\n<b> ![x](http://y) \\ud800"
 
 
 def test_a_table_of_nothing_is_refused():
