@@ -73,8 +73,8 @@ class FaultyShop(Shop):
 
 
 def brief(trajectory: Any) -> Any:
-    """A reward with faults."""
-    if random.random() > 0.06:
+    """A reward with faults, but none on the scripted dialogue that tries it before the run starts."""
+    if not trajectory.streams or random.random() > 0.06:
         return 1.0 / (1 + len(trajectory.turns))
     fault = random.choice(("raises", "hangs", "returns NaN", "returns text"))
     _inject(f"reward {fault}")
