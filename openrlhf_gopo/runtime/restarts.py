@@ -25,7 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from openrlhf_gopo.platform import END_WITH_PARENT
 from openrlhf_gopo.runtime.roles import Role
 
-POLL = 0.5  # seconds
+POLL = 1.0  # seconds
 
 logger = init_logger(__name__)
 
