@@ -19,7 +19,7 @@ from typing import Any
 import ray
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from openrlhf.utils.logging_utils import init_logger
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.exceptions import ActorUnavailableError, RayError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from openrlhf_gopo.platform import END_WITH_PARENT
@@ -150,7 +150,7 @@ def _answer(ref: Any) -> bool | None:
     """None of an actor that is being started, or is dead for good, which whoever waits for its dialogues will see."""
     try:
         return ray.get(ref)
-    except (ActorUnavailableError, ActorDiedError):
+    except RayError:
         return None
 
 
