@@ -3,7 +3,7 @@
 OpenRLHF 0.11.2 says ``cuda`` in a few places. ``PATCHES`` below is the whole list of what is changed, and when: after
 the named module has been imported, in this process, its Ray workers and vLLM's engine processes. With a GPU nothing
 of it is active. ``OPENRLHF_GOPO_CPU=1`` or ``=0`` overrides the detection. One thing is for both: the engine of a
-rollout actor ends with it (``END_WITH_PARENT``).
+rollout actor ends with it (``end_spawned_with_this_process``).
 
 Importing this package is cheap; it imports neither torch nor any part of the stack.
 """
@@ -13,15 +13,16 @@ from __future__ import annotations
 import os
 
 from openrlhf_gopo.platform import children, cuda, deepspeed, environment, flash_attn, imports, media, weights
+from openrlhf_gopo.platform.children import end_spawned_with_this_process
 from openrlhf_gopo.platform.environment import SWITCH, is_cpu, one_process
 from openrlhf_gopo.platform.flags import FLAG_DEFAULTS, check_flags
 
 __all__ = [
-    "END_WITH_PARENT",
     "FLAG_DEFAULTS",
     "activate",
     "activate_in_engine",
     "check_flags",
+    "end_spawned_with_this_process",
     "is_cpu",
     "one_process",
     "ray_runtime_env",
@@ -37,8 +38,6 @@ PATCHES = {
     "vllm.model_executor.models.registry": children.inspect_models_in_process,
 }
 CONTEXTS = {"openrlhf.models.ring_attn_utils": flash_attn.stand_ins}
-
-END_WITH_PARENT = "OPENRLHF_GOPO_END_WITH_PARENT"
 
 _active = False
 
@@ -59,11 +58,9 @@ def activate() -> None:
 
 def activate_in_engine() -> None:
     """Entry point ``vllm.general_plugins``: every vLLM process of this machine calls it, also those of other users'
-    programs, so it obeys what the parent process set: the switch, or that the engine is a rollout actor's own."""
+    programs, so it obeys the switch that the parent process set."""
     if os.environ.get(SWITCH) == "1":
         activate()
-    if os.environ.get(END_WITH_PARENT) == "1":
-        children.end_with_parent()
 
 
 def ray_runtime_env() -> dict:

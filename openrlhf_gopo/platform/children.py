@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
+import multiprocessing.spawn
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from openrlhf_gopo import platform
 
+POLL = 1.0  # seconds
 
-class ActivateOnArrival:
-    """Unpickling it calls ``activate()``."""
 
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        return platform.activate, ()
+class OnArrival:
+    """Unpickling it calls ``function(*arguments)``."""
+
+    def __init__(self, function: Callable[..., None], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[Any, ...]]:
+        return self.call
 
 
 def activate_spawned(spawn: Any) -> None:
@@ -24,14 +30,38 @@ def activate_spawned(spawn: Any) -> None:
 
     vLLM's plugin hook is for this, but in 0.29.0 it runs after vLLM and transformers have been imported.
     """
+    _call_first(spawn, platform.activate)
+
+
+def end_spawned_with_this_process() -> None:
+    """Processes that this one spawns from now on end when it is gone, however it went.
+
+    vLLM 0.29.0's engine core waits for requests for ever once its client was killed, and keeps its memory; one whose
+    client dies before it answers waits for five minutes.
+    """
+    _call_first(multiprocessing.spawn, end_with, os.getpid())
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent, the process ``parent``, is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="gopo-end-with-parent", daemon=True).start()
+
+
+def _call_first(spawn: Any, function: Callable[..., None], *arguments: Any) -> None:
     get_preparation_data = spawn.get_preparation_data
 
     @functools.wraps(get_preparation_data)
-    def with_activation(name: str) -> dict[str, Any]:
+    def with_call(name: str) -> dict[str, Any]:
         # The first thing that a child unpickles; keys that multiprocessing does not know are ignored.
-        return {**get_preparation_data(name), "openrlhf_gopo": ActivateOnArrival()}
+        return {**get_preparation_data(name), f"openrlhf_gopo.{function.__name__}": OnArrival(function, *arguments)}
 
-    spawn.get_preparation_data = with_activation
+    spawn.get_preparation_data = with_call
 
 
 def inspect_models_in_process(registry: Any) -> None:
@@ -41,19 +71,3 @@ def inspect_models_in_process(registry: Any) -> None:
     and the subprocess would not be activated.
     """
     registry._run_in_subprocess = lambda function: function()
-
-
-def end_with_parent() -> None:
-    """End this process when the one that started it is gone, however it went.
-
-    vLLM 0.29.0's engine core waits for requests for ever once its client was killed, and keeps its memory.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, name="gopo-end-with-parent", daemon=True).start()

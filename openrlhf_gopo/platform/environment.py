@@ -60,8 +60,8 @@ def apply() -> None:
     for name, value in defaults().items():
         os.environ.setdefault(name, value)
     plugins = os.environ.get("VLLM_PLUGINS")
-    if plugins is not None and "openrlhf_gopo" not in plugins.split(","):
-        os.environ["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, "openrlhf_gopo"]))
+    if plugins is not None and "openrlhf_gopo_cpu" not in plugins.split(","):
+        os.environ["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, "openrlhf_gopo_cpu"]))
 
 
 def current() -> dict[str, str]:

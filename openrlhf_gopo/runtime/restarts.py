@@ -22,7 +22,7 @@ from openrlhf.utils.logging_utils import init_logger
 from ray.exceptions import ActorUnavailableError, RayError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from openrlhf_gopo.platform import END_WITH_PARENT
+from openrlhf_gopo.platform import end_spawned_with_this_process
 from openrlhf_gopo.runtime.roles import Role
 
 POLL = 1.0  # seconds
@@ -34,7 +34,7 @@ class _RolloutActor(RolloutRayActor.__ray_metadata__.modified_class):
     """Upstream's, which shares its fate with its vLLM engine and knows whether it has the weights of now."""
 
     async def __init__(self, *args: Any, **kwargs: Any) -> None:
-        os.environ[END_WITH_PARENT] = "1"
+        end_spawned_with_this_process()
         await super().__init__(*args, **kwargs)
         self._current = asyncio.Event()
         if not ray.get_runtime_context().was_current_actor_reconstructed:

@@ -45,19 +45,19 @@ def test_with_a_gpu_nothing_happens(cuda: ModuleType, monkeypatch: pytest.Monkey
 def test_an_engine_ends_with_a_parent_that_is_killed_if_the_parent_asked_for_it(tmp_path: Path, asked: bool) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
-        "import multiprocessing, os, time\n"
+        "import multiprocessing, os, sys, time\n"
         "from openrlhf_gopo import platform\n"
         "def engine():\n"
-        "    platform.activate_in_engine()\n"
         "    print(os.getpid(), flush=True)\n"
         "    time.sleep(60)\n"
         "if __name__ == '__main__':\n"
+        "    if sys.argv[1:]:\n"
+        "        platform.end_spawned_with_this_process()\n"
         "    multiprocessing.get_context('spawn').Process(target=engine).start()\n"
         "    time.sleep(60)\n"
     )
     env = {name: value for name, value in os.environ.items() if name != SWITCH}
-    env |= {platform.END_WITH_PARENT: "1"} if asked else {}
-    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=env)
+    parent = subprocess.Popen([sys.executable, script, *["ask"] * asked], stdout=subprocess.PIPE, text=True, env=env)
     assert parent.stdout is not None
     engine = psutil.Process(int(parent.stdout.readline()))
     parent.kill()
@@ -105,7 +105,7 @@ def test_what_the_user_set_wins_and_reaches_the_workers(monkeypatch: pytest.Monk
     assert variables["OMP_NUM_THREADS"] == "7"
     assert variables["KMP_BLOCKTIME"] == "0"
     assert variables[SWITCH] == "1"
-    assert environment.os.environ["VLLM_PLUGINS"] == "theirs,openrlhf_gopo"
+    assert environment.os.environ["VLLM_PLUGINS"] == "theirs,openrlhf_gopo_cpu"
     assert "HF_HUB_OFFLINE" not in variables
 
 
@@ -158,7 +158,7 @@ def test_spawned_children_activate_before_anything_else(monkeypatch: pytest.Monk
     calls: list[int] = []
     spawn = SimpleNamespace(get_preparation_data=multiprocessing.spawn.get_preparation_data)
     platform.children.activate_spawned(spawn)
-    sent = pickle.dumps(spawn.get_preparation_data("child")["openrlhf_gopo"])
+    sent = pickle.dumps(spawn.get_preparation_data("child")["openrlhf_gopo.activate"])
     monkeypatch.setattr(platform, "activate", lambda: calls.append(1))
     pickle.loads(sent)
     assert calls == [1]
