@@ -2,14 +2,18 @@
 # From STAR's human dialogues to an expert and a responder, without a rollout: logs, warm start, offline GOPO, and how
 # well the models agree with dialogues and tasks that were held out. CPU, or one GPU.
 # usage: offline.sh STAR_FOLDER   (a clone of the STAR repository)
-# Settings, as environment variables: OUT (results), PYTHON, SEED, WARM and EPOCHS (passes), HIDDEN and LAYERS (model).
+# Settings, as environment variables: OUT (results), PYTHON, SEED; MODEL (a chat model to start from; default: a small
+# untrained one is built, of HIDDEN and LAYERS); WARM and WARM_LR (imitation), EPOCHS and LR (offline GOPO).
 set -euo pipefail
 DATA=$(realpath "${1:?usage: offline.sh STAR_FOLDER}")
 OUT=${OUT:-runs/star_offline}
 PYTHON=${PYTHON:-python}
 SEED=${SEED:-0}
 WARM=${WARM:-4}
+WARM_LR=${WARM_LR:-2e-3}
 EPOCHS=${EPOCHS:-2}
+LR=${LR:-3e-4}
+MODEL=${MODEL:-}
 export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 mkdir -p "$OUT"
@@ -22,7 +26,7 @@ warm_start() {
         --model.model_name_or_path "$2" --data.dataset "$OUT/demos/$1.jsonl" --ckpt.output_dir "$OUT/warm_$1" \
         --data.input_key messages --data.multiturn --data.apply_chat_template --data.max_len 2048 \
         --ds.attn_implementation sdpa --train.batch_size 8 --train.micro_batch_size 8 \
-        --train.max_epochs "$WARM" --train.seed "$SEED" --adam.lr 2e-3 "${@:3}"
+        --train.max_epochs "$WARM" --train.seed "$SEED" --adam.lr "$WARM_LR" "${@:3}"
 }
 
 # $1: role; the rest: further flags.
@@ -41,17 +45,20 @@ say "1/4 the human dialogues as logs, whole tasks and some dialogues held out"
 "$PYTHON" -m openrlhf_gopo.cli.logs convert star "$DATA" --played --out "$OUT/played.jsonl"
 "$PYTHON" examples/star/split.py "$OUT/played.jsonl" "$OUT/logs"
 
-say "2/4 an untrained model, and demonstrations for it"
-"$PYTHON" examples/quickstart/build_model.py --env star --data "$DATA" --seed "$SEED" --max_len 3072 \
-    --hidden "${HIDDEN:-192}" --layers "${LAYERS:-3}" --out "$OUT/untrained"
-"$PYTHON" -m openrlhf_gopo.cli.export_sft --env star --data "$DATA" --tokenizer "$OUT/untrained" --names_only \
+say "2/4 the model to start from, and demonstrations for it"
+if [[ -z $MODEL ]]; then
+    MODEL=$OUT/untrained
+    "$PYTHON" examples/quickstart/build_model.py --env star --data "$DATA" --seed "$SEED" --max_len 3072 \
+        --hidden "${HIDDEN:-192}" --layers "${LAYERS:-3}" --out "$MODEL"
+fi
+"$PYTHON" -m openrlhf_gopo.cli.export_sft --env star --data "$DATA" --tokenizer "$MODEL" --names_only \
     --logs "$OUT/logs/train.jsonl" --out "$OUT/demos"
 
 say "3/4 warm start of both roles (OpenRLHF's train_sft)"
-warm_start expert "$OUT/untrained"
-warm_start responder "$OUT/untrained"
+warm_start expert "$MODEL"
+warm_start responder "$MODEL"
 
 say "4/4 offline GOPO: the expert from preferences, the responder from the better dialogues"
-learn expert --adam.lr 3e-4 --gopo.offline.sft_coef 0.2
-learn responder --adam.lr 3e-4
+learn expert --adam.lr "$LR" --gopo.offline.sft_coef 0.2
+learn responder --adam.lr "$LR"
 say "tables: $OUT/expert/results/heldout.md, $OUT/responder/results/heldout.md"

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # After offline.sh: its expert and responder go on learning from dialogues of their own, with STAR's users replayed, and
 # every stage is evaluated on the same held-out goals. README: OFFLINE.md beside this file.
-# usage: online.sh STAR_FOLDER
+# usage: online.sh STAR_FOLDER [further flags of train_gopo]
 # Settings, as environment variables: OUT (of offline.sh), PYTHON, SEED, STEPS (updates), GOALS (held out, evaluated).
 set -euo pipefail
-DATA=$(realpath "${1:?usage: online.sh STAR_FOLDER}")
+DATA=$(realpath "${1:?usage: online.sh STAR_FOLDER [FLAGS]}")
 OUT=${OUT:-runs/star_offline}
 PYTHON=${PYTHON:-python}
 SEED=${SEED:-0}
 STEPS=${STEPS:-16}
 GOALS=${GOALS:-200}
+shift
 export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -26,7 +27,7 @@ say "1/2 online GOPO, $STEPS updates of 64 dialogues"
     --train.batch_size 32 --train.micro_batch_size 4 --train.seed "$SEED" \
     --data.max_samples $((8 * STEPS)) --data.max_len 3072 \
     --vllm.enable_prefix_caching --eval.steps -1 \
-    --ckpt.path "$OUT/checkpoints_online" --ckpt.output_dir "$OUT/online"
+    --ckpt.path "$OUT/checkpoints_online" --ckpt.output_dir "$OUT/online" "$@"
 
 say "2/2 every stage on the same $GOALS held-out goals"
 "$PYTHON" -m openrlhf.cli.eval_gopo \
