@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
 hide_what_cuda_builds_break()
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
+SCRIPTS = [*sorted(EXAMPLES.rglob("*.sh")), Path(__file__).with_name("run.sh")]
+SHELLCHECK = shutil.which("shellcheck", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
 COFFEE = f"{EXAMPLES / 'custom_env' / 'coffee.py'}:Coffee"
 STAR = Path(__file__).parent / "envs" / "star_fixture"
 
@@ -58,10 +60,10 @@ def test_shell_syntax(script: Path) -> None:
     assert os.access(script, os.X_OK) or script.read_text().startswith("#!"), "neither executable nor with a shebang"
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_shellcheck(script: Path) -> None:
-    done = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    done = subprocess.run([SHELLCHECK, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
