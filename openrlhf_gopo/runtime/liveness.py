@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from openrlhf.utils.logging_utils import init_logger
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 
 from openrlhf_gopo.errors import WorkerError
 from openrlhf_gopo.runtime.roles import Role
@@ -19,6 +19,7 @@ from openrlhf_gopo.runtime.roles import Role
 GRACE = 60.0  # seconds that the run has to fail by itself: a collective whose peer died may never return
 PING = 1.0
 EXIT = 3
+DEATHS = (RayActorError, OutOfMemoryError)  # the second: of every call, once Ray killed the actor for memory
 
 logger = init_logger(__name__)
 
@@ -57,11 +58,14 @@ def watched(roles: Mapping[str, Role], checkpoints: str) -> Iterator[None]:
         over.set()
 
 
-def _message(dead: list[str], checkpoints: str) -> str:
+def _message(dead: Mapping[str, Exception], checkpoints: str) -> str:
+    if any(isinstance(error, OutOfMemoryError) for error in dead.values()):
+        why = "Ray killed it because the machine's memory was full"
+    else:
+        why = "killed, out of memory, or crashed: see its log in Ray's session folder, or give --gopo.worker_logs"
     return (
-        f"{'; '.join(dead)} died during the run (killed, out of memory, or crashed: see its log in Ray's session "
-        f"folder, or give --gopo.worker_logs); the checkpoints in --ckpt.path {checkpoints} are whole: the same "
-        "command with --ckpt.load_enable goes on from the newest"
+        f"{'; '.join(dead)} died during the run ({why}); the checkpoints in --ckpt.path {checkpoints} are whole: the "
+        "same command with --ckpt.load_enable goes on from the newest"
     )
 
 
@@ -76,9 +80,9 @@ def _watch(pings: Mapping[str, Any], over: threading.Event, checkpoints: str) ->
                 ray.get(ref)
             except ActorUnavailableError:  # being started again, or about to be found dead
                 pass
-            except RayActorError:
+            except DEATHS as error:
                 if not over.wait(GRACE):
-                    print(f"train_gopo: error: {_message([name], checkpoints)}", file=sys.stderr, flush=True)
+                    print(f"train_gopo: error: {_message({name: error}, checkpoints)}", file=sys.stderr, flush=True)
                     os._exit(EXIT)
                 return
             except RayError:
@@ -86,15 +90,15 @@ def _watch(pings: Mapping[str, Any], over: threading.Event, checkpoints: str) ->
             calls[pings[name].remote()] = name
 
 
-def _dead(pings: Mapping[str, Any]) -> list[str]:
+def _dead(pings: Mapping[str, Any]) -> dict[str, Exception]:
     calls = {ping.remote(): name for name, ping in pings.items()}
     done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=5)
-    return [calls[ref] for ref in done if _fails(ref)]
+    return {calls[ref]: error for ref in done if (error := _death(ref))}
 
 
-def _fails(ref: Any) -> bool:
+def _death(ref: Any) -> Exception | None:
     try:
         ray.get(ref, timeout=0)
-    except RayActorError:
-        return True
-    return False
+    except DEATHS as error:
+        return error
+    return None

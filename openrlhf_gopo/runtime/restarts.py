@@ -158,7 +158,7 @@ def _current(engines: Sequence[Any]) -> list[tuple[Any, bool]]:
     """Each actor with whether it has the weights of now; waits while one is being started again.
 
     Raises:
-        ActorDiedError: one died once too often.
+        ActorDiedError, OutOfMemoryError: one died once too often.
     """
     answers: list[tuple[Any, bool]] = []
     asked = [(engine, engine.is_current.remote()) for engine in engines]

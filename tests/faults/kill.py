@@ -45,7 +45,8 @@ RESTARTS = "rollout/engine_restarts"
 RESTARTED = ("rollout", "engine")
 ORPHANS = 120.0  # seconds in which a process ends whose parent was killed
 STARTING = 0.25  # share of kills while the run starts
-CROWDED = "The current node timed out during startup"  # Ray gives its own processes 30 s; a full machine needs more
+# A machine that does other work beside: Ray gives its own processes 30 s to start, and kills when the memory is full.
+CROWDED = ("The current node timed out during startup", "the machine's memory was full")
 
 
 @dataclass
@@ -215,7 +216,7 @@ def _campaign(
                     say(f"{killed}; step {run.step()}; {time.ctime()}", flush=True)
             if outcome != "ended":
                 assert wait(process, 4 * PATIENCE), run.tail()
-                assert process.returncode == 0 or CROWDED in run.tail(), run.tail()
+                assert process.returncode == 0 or any(one in run.tail() for one in CROWDED), run.tail()
             if expected is not None:
                 check_resumed(run, expected, reached, tally)
             if process.returncode == 0:

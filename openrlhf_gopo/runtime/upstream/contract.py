@@ -225,7 +225,7 @@ NAMES: dict[str, list[str]] = {
     "openrlhf.utils.config": ["hierarchize"],
     "openrlhf.utils.logging_utils": ["init_logger"],
     "openrlhf.utils.utils": ["zero_pad_sequences"],
-    "ray.exceptions": ["ActorUnavailableError", "RayActorError", "RayError", "RayTaskError"],
+    "ray.exceptions": ["ActorUnavailableError", "OutOfMemoryError", "RayActorError", "RayError", "RayTaskError"],
     "ray.util.placement_group": ["placement_group", "remove_placement_group"],
     "vllm": ["SamplingParams"],
     "vllm.v1.engine.exceptions": ["EngineDeadError"],
