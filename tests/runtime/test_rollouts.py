@@ -16,6 +16,7 @@ from openrlhf_gopo.envs import load_environment  # noqa: E402
 from openrlhf_gopo.errors import DialogueError  # noqa: E402
 from openrlhf_gopo.evaluation.records import append_trajectory  # noqa: E402
 from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play  # noqa: E402
+from openrlhf_gopo.runtime.restarts import Restarts  # noqa: E402
 from openrlhf_gopo.runtime.rollout_metrics import rollout_metrics  # noqa: E402
 from openrlhf_gopo.runtime.rollouts import Rollouts, RolloutsAhead  # noqa: E402
 from openrlhf_gopo.runtime.samples import DialogueSample  # noqa: E402
@@ -36,8 +37,9 @@ class Scripted(GOPOSamplesGenerator):
             train=SimpleNamespace(num_episodes=passes, async_queue_size=queue),
         )
         spec = SimpleNamespace(seed=0, config=GopoConfig(env="shop"), reward_weights=WEIGHTS)
+        strategy = SimpleNamespace(args=args)
         super().__init__(
-            SimpleNamespace(args=args), loader, None, None, [], expert_engines=None, spec=spec, folder=folder
+            strategy, loader, None, None, [], expert_engines=None, restarts=Restarts({}), spec=spec, folder=folder
         )
         self.fail_at, self.log = fail_at, []
 
