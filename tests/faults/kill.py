@@ -3,8 +3,8 @@
     python tests/faults/kill.py --kills 50 --seed 0 [-- further flags of the training command]
 
 One uninterrupted run comes first. Then the same run is started, and its processes get SIGKILL: the driver, a policy
-actor, a rollout actor or a vLLM engine, in cycles of six. The run survives the last two: the actor starts again, gets
-the weights of now and plays its dialogues again. After the first two, and whatever dies while the run starts, the same
+actor, a rollout actor or a vLLM engine, in turn. The run survives the last two: the actor starts again, gets the
+weights of now and plays its dialogues again. After the first two, and whatever dies while the run starts, the same
 command with --ckpt.load_enable goes on, and so forth until it ends; as many such runs as the kills take. Moments are
 drawn from the seed: while starting, or some time after a step. Checked after each kill and at each end:
 
@@ -43,7 +43,6 @@ VICTIMS = {
 NAMED = {"policy": "policy actor", "rollout": "rollout actor", "engine": "rollout actor"}
 RESTARTS = "rollout/engine_restarts"
 RESTARTED = ("rollout", "engine")
-CYCLE = ("driver", "policy", *RESTARTED, *RESTARTED)  # what a run survives costs no start: twice as often
 ORPHANS = 120.0  # seconds in which a process ends whose parent was killed
 STARTING = 0.25  # share of kills while the run starts
 # A machine that does other work beside: Ray gives its own processes 30 s to start, and kills when the memory is full.
@@ -209,7 +208,7 @@ def _campaign(
             started[:] = [process]
             outcome, first = "survived", True
             while outcome == "survived" and tally.kills.total() < kills:
-                victims = victims or rng.sample(CYCLE, len(CYCLE))
+                victims = victims or rng.sample(["driver", *VICTIMS], 4)
                 outcome = kill(run, process, victims[-1], rng, tally, first=first)
                 first = False
                 if outcome != "over":
