@@ -28,7 +28,7 @@ warm_start() {
     OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) logged "$1" "$VENV/bin/python" -m openrlhf_gopo.platform openrlhf.cli.train_sft \
         --model.model_name_or_path "$2" --data.dataset "$3" --ckpt.output_dir "$OUT/$1" \
         --data.input_key messages --data.multiturn --data.apply_chat_template --data.max_len 1280 \
-        --ds.attn_implementation sdpa --train.max_epochs 1 --train.seed "$SEED" "${@:4}"
+        --train.max_epochs 1 --train.seed "$SEED" "${@:4}"
 }
 
 say "1/5 install into $VENV"

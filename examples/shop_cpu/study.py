@@ -117,7 +117,6 @@ def warm_single(args: argparse.Namespace) -> None:
         "--ckpt.output_dir": out,
         "--data.input_key": "messages",
         "--data.max_len": 1536,
-        "--ds.attn_implementation": "sdpa",
         "--train.max_epochs": 1,
         "--train.batch_size": 8,
         "--train.micro_batch_size": 8,

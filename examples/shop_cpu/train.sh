@@ -35,7 +35,6 @@ python3 -m openrlhf.cli.train_gopo \
    --vllm.num_engines 1 \
    --vllm.enable_prefix_caching \
    --vllm.enforce_eager \
-   --ds.attn_implementation sdpa \
    --eval.steps 25 \
    --eval.n_samples_per_prompt 1 \
    --eval.temperature 1.0 \

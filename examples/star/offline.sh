@@ -25,7 +25,7 @@ warm_start() {
     "$PYTHON" -m openrlhf_gopo.platform openrlhf.cli.train_sft \
         --model.model_name_or_path "$2" --data.dataset "$OUT/demos/$1.jsonl" --ckpt.output_dir "$OUT/warm_$1" \
         --data.input_key messages --data.multiturn --data.apply_chat_template --data.max_len 2048 \
-        --ds.attn_implementation sdpa --train.batch_size 8 --train.micro_batch_size 8 \
+        --train.batch_size 8 --train.micro_batch_size 8 \
         --train.max_epochs "$WARM" --train.seed "$SEED" --adam.lr "$WARM_LR" "${@:3}"
 }
 

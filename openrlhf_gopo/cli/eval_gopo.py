@@ -35,14 +35,14 @@ GOPO = (
 UPSTREAM = (
     *("data.max_len", "eval.temperature", "eval.n_samples_per_prompt", "rollout.top_p", "train.seed"),
     *("train.full_determinism_enable", "vllm.num_engines", "vllm.tensor_parallel_size"),
-    *("vllm.gpu_memory_utilization", "vllm.enable_prefix_caching", "vllm.enforce_eager"),
+    *("vllm.gpu_memory_utilization", "vllm.enable_prefix_caching", "vllm.enforce_eager", "ds.param_dtype"),
 )
 # What changes the dialogues: an evaluation goes on only where all of it is as before.
 FIXED = (
     *("gopo.env", "gopo.data", "gopo.user", "gopo.max_turns", "gopo.reply_max_tokens", "gopo.labels"),
     *("gopo.names_only", "gopo.expert_mode", "gopo.expert_plan_tokens", "data.max_len", "eval.temperature"),
     *("gopo.llm.temperature", "gopo.llm.max_new_tokens", "gopo.llm.extra_body", "gopo.reward"),
-    *("rollout.top_p", "train.seed"),
+    *("rollout.top_p", "train.seed", "ds.param_dtype"),
 )
 
 
@@ -68,9 +68,7 @@ def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
         if action.dest in UPSTREAM:
             parser._add_action(action)
     parser.set_defaults(**{"eval.n_samples_per_prompt": 1, "eval.temperature": 1.0})
-    if platform.is_cpu():
-        known = {action.dest for action in parser._actions}
-        parser.set_defaults(**{name: value for name, value in platform.FLAG_DEFAULTS.items() if name in known})
+    platform.adapt_flags(parser)
     return parser
 
 

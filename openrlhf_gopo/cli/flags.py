@@ -130,7 +130,8 @@ def _upstream(upstream: argparse.ArgumentParser) -> str:
 
 
 def _cpu() -> str:
-    rows = "\n".join(f"| `--{name}` | `{value}` |" for name, value in platform.FLAG_DEFAULTS.items())
+    defaults = platform.FLAG_DEFAULTS | {"ds.param_dtype": "bf16 or fp32, whichever the processor computes faster"}
+    rows = "\n".join(f"| `--{name}` | `{value}` |" for name, value in defaults.items())
     return f"## Defaults without a GPU\n\n| flag | default |\n|---|---|\n{rows}\n"
 
 

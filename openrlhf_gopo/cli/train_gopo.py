@@ -108,8 +108,7 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, GopoConfig]:
 
     upstream = UpstreamCli.load()
     parser = build_parser(upstream.parser)
-    if platform.is_cpu():
-        parser.set_defaults(**platform.FLAG_DEFAULTS)
+    platform.adapt_flags(parser)
     flat = vars(parser.parse_args(argv))
     _take_remote_reward(flat)
     config = from_flags(flat)

@@ -82,9 +82,7 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, dict[str, Any], OfflineConf
             raise ConfigError(f"{name} {value}".rstrip() + f": {DROPPED[name.removeprefix('--')]}")
     defaults = upstream.parser
     parser = build_parser(upstream.parser)
-    if platform.is_cpu():
-        known = {action.dest for action in parser._actions}
-        parser.set_defaults(**{name: value for name, value in platform.FLAG_DEFAULTS.items() if name in known})
+    platform.adapt_flags(parser)
     flat = vars(parser.parse_args(argv))
     offline = {f.name: flat[f"gopo.offline.{f.name}"] for f in flags(OfflineConfig)}
     pref = PreferenceConfig(**{name: flat[f"gopo.pref.{name}"] for name in PREFERENCE})

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import os
 
-from openrlhf_gopo.platform import children, cuda, deepspeed, environment, flash_attn, imports, media, weights
+from openrlhf_gopo.platform import children, cuda, deepspeed, dtype, environment, flash_attn, imports, media, weights
 from openrlhf_gopo.platform.children import end_spawned_with_this_process
 from openrlhf_gopo.platform.environment import SWITCH, is_cpu, one_process
-from openrlhf_gopo.platform.flags import FLAG_DEFAULTS, check_flags
+from openrlhf_gopo.platform.flags import FLAG_DEFAULTS, adapt_flags, check_flags
 
 __all__ = [
     "FLAG_DEFAULTS",
     "activate",
     "activate_in_engine",
+    "adapt_flags",
     "check_flags",
     "end_spawned_with_this_process",
     "is_cpu",
@@ -33,6 +34,7 @@ PATCHES = {
     "torch": cuda.stand_in,
     "deepspeed.ops": deepspeed.skip_shared_memory_op,
     "openrlhf.utils.deepspeed.deepspeed": deepspeed.adapt_strategy,
+    "openrlhf.utils.utils": dtype.accept_fp32,
     "openrlhf.utils.distributed_util": weights.send_over_gloo,
     "openrlhf.trainer.ray.vllm_worker_wrap": weights.reload_on_last_tensor,
     "vllm.model_executor.models.registry": children.inspect_models_in_process,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 from openrlhf_gopo.errors import ConfigError
+from openrlhf_gopo.platform import dtype
+from openrlhf_gopo.platform.environment import is_cpu
 
-# For ``parser.set_defaults(**FLAG_DEFAULTS)``: upstream's own defaults suppose eight GPUs.
+# Upstream's own defaults suppose eight GPUs.
 FLAG_DEFAULTS: dict[str, Any] = {
     "actor.num_gpus_per_node": 1,
     "critic.num_gpus_per_node": 1,
@@ -18,6 +21,8 @@ FLAG_DEFAULTS: dict[str, Any] = {
     "vllm.sync_backend": "gloo",  # with "nccl" and --train.colocate_all upstream takes CUDA IPC
 }
 
+PARAM_DTYPE = "ds.param_dtype"
+
 # flag -> (is it wrong?, remedy)
 _IMPOSSIBLE = {
     "ds.packing_samples": (bool, "needs flash-attn and so CUDA; remove it"),
@@ -27,6 +32,19 @@ _IMPOSSIBLE = {
     "vllm.enable_sleep": (bool, "needs vLLM's sleep mode, which is CUDA's alone; remove it"),
     "vllm.sync_with_ray": (bool, "needs NCCL, for Ray's collectives; remove it"),
 }
+
+
+def adapt_flags(parser: argparse.ArgumentParser) -> None:
+    """Give those of ``parser``'s flags that are in ``FLAG_DEFAULTS`` these defaults, and let ``--ds.param_dtype`` be
+    fp32, its default where the processor is slow in bf16. Does nothing when there is a GPU."""
+    if not is_cpu():
+        return
+    for action in parser._actions:
+        if action.dest in FLAG_DEFAULTS:
+            action.default = FLAG_DEFAULTS[action.dest]
+        elif action.dest == PARAM_DTYPE:
+            action.default = dtype.fastest()
+            action.choices = [*(action.choices or ()), dtype.FP32]
 
 
 def check_flags(args: Any) -> None:

@@ -151,9 +151,9 @@ def placement(gpus: int) -> Any:
 def engines(args: SimpleNamespace, model: str, everything: Any = None, restarts: int = 0) -> list:
     """``model`` in vLLM rollout actors that can host dialogues, each started again up to ``restarts`` times.
 
-    Log-probabilities are those of the distribution that was sampled from.
+    Log-probabilities are those of the distribution that was sampled from. Weights are held in --ds.param_dtype.
     """
-    with substituted(vllm_engine, RolloutRayActor=rollout_actor(restarts)):
+    with substituted(vllm_engine, RolloutRayActor=rollout_actor(restarts, args.ds.param_dtype)):
         return _engines(args, model, everything)
 
 

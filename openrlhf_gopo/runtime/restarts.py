@@ -26,6 +26,7 @@ from openrlhf_gopo.platform import end_spawned_with_this_process
 from openrlhf_gopo.runtime.roles import Role
 
 POLL = 1.0  # seconds
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # --ds.param_dtype in vLLM's words
 
 logger = init_logger(__name__)
 
@@ -33,9 +34,11 @@ logger = init_logger(__name__)
 class _RolloutActor(RolloutRayActor.__ray_metadata__.modified_class):
     """Upstream's, which shares its fate with its vLLM engine and knows whether it has the weights of now."""
 
+    dtype = "bfloat16"  # upstream's own, whatever --ds.param_dtype says
+
     async def __init__(self, *args: Any, **kwargs: Any) -> None:
         end_spawned_with_this_process()
-        await super().__init__(*args, **kwargs)
+        await super().__init__(*args, **kwargs | {"dtype": self.dtype})
         self._current = asyncio.Event()
         if not ray.get_runtime_context().was_current_actor_reconstructed:
             self._current.set()
@@ -75,9 +78,11 @@ class _RolloutActor(RolloutRayActor.__ray_metadata__.modified_class):
             os._exit(1)
 
 
-def rollout_actor(restarts: int) -> Any:
-    """The actor class; Ray starts one that dies ``restarts`` times again."""
-    return ray.remote(max_restarts=restarts)(_RolloutActor)
+def rollout_actor(restarts: int, param_dtype: str) -> Any:
+    """The actor class; Ray starts one that dies ``restarts`` times again. ``param_dtype``: of the trainer's weights,
+    which the engine receives and must hold alike: bf16, fp16 or fp32."""
+    members = {"dtype": DTYPES[param_dtype], "__module__": __name__}
+    return ray.remote(max_restarts=restarts)(type(_RolloutActor.__name__, (_RolloutActor,), members))
 
 
 class Restarts:

@@ -58,20 +58,21 @@ def compare(before: str, after: str) -> None:
     pairs = zip(old.parameters(), new.parameters(), strict=True)
     moved = [not a.equal(b) for a, b in pairs]
     tokens = AutoTokenizer.from_pretrained(after)("hello")["input_ids"]
-    print(json.dumps({"moved": sum(moved), "of": len(moved), "tokens": len(tokens)}))
+    dtype = json.loads(Path(after, "config.json").read_text())["dtype"]
+    print(json.dumps({"moved": sum(moved), "of": len(moved), "tokens": len(tokens), "dtype": dtype}))
 
 
-def sync(folder: str) -> None:
+def sync(folder: str, dtype: str) -> None:
     """Mean |engine - model| log-probability: at the start, with new weights in the model alone, after a sync without
     and then with the repacking of tied heads, and after a second sync."""
     import vllm
 
     from openrlhf_gopo.platform import weights
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     engine = vllm.LLM(
         folder,
-        dtype="bfloat16",
+        dtype=dtype,
         enforce_eager=True,
         max_model_len=128,
         enable_prefix_caching=False,

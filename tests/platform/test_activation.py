@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing.spawn
 import os
 import pickle
@@ -15,7 +16,7 @@ import pytest
 
 from openrlhf_gopo import platform
 from openrlhf_gopo.errors import ConfigError
-from openrlhf_gopo.platform import environment, flash_attn, imports
+from openrlhf_gopo.platform import dtype, environment, flash_attn, imports
 from openrlhf_gopo.platform.cuda import CpuDevice
 from openrlhf_gopo.platform.environment import SWITCH
 
@@ -187,14 +188,58 @@ def test_the_defaults_pass_the_check() -> None:
     platform.check_flags(SimpleNamespace(**sections, train=SimpleNamespace(colocate_all=True)))
 
 
+@pytest.mark.parametrize(
+    ("lines", "fastest"),
+    [
+        ("model name\t: Xeon\nflags\t\t: fpu avx512f avx512_vnni", "fp32"),
+        ("flags\t\t: fpu avx512f avx512_bf16", "bf16"),
+        ("Features\t: fp asimd bf16", "bf16"),
+        ("Features\t: fp asimd", "fp32"),
+        ("processor\t: 0", "fp32"),
+    ],
+)
+def test_models_are_float32_where_bfloat16_would_be_emulated(lines: str, fastest: str, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(lines)
+    assert dtype.fastest(tmp_path / "cpuinfo") == fastest
+    assert dtype.fastest(tmp_path / "none") == "fp32"
+
+
+def upstream_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ds.param_dtype", default="bf16", choices=["bf16", "fp16"])
+    parser.add_argument("--vllm.num_engines", default=8, type=int)
+    return parser
+
+
+@pytest.mark.parametrize("fastest", ["bf16", "fp32"])
+def test_parsers_get_the_platforms_defaults_and_take_fp32(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "1")
+    monkeypatch.setattr(dtype, "fastest", lambda: fastest)
+    parser = upstream_parser()
+    platform.adapt_flags(parser)
+    assert vars(parser.parse_args([])) == {"ds.param_dtype": fastest, "vllm.num_engines": 1}
+    assert vars(parser.parse_args(["--ds.param_dtype", "fp32"]))["ds.param_dtype"] == "fp32"
+    monkeypatch.setenv(SWITCH, "0")
+    parser = upstream_parser()
+    platform.adapt_flags(parser)
+    assert vars(parser.parse_args([])) == {"ds.param_dtype": "bf16", "vllm.num_engines": 8}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--ds.param_dtype", "fp32"])
+
+
 def test_the_module_runner_gives_a_job_of_one_process(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(
-        "import os, sys\n"
+        "import argparse, os, sys\n"
         "assert __name__ == '__main__'\n"
+        "parser = argparse.ArgumentParser()\n"
+        "parser.add_argument('--flag')\n"
+        "parser.add_argument('--ds.attn_implementation', default='flash_attention_2')\n"
+        "assert vars(parser.parse_args()) == {'flag': '1', 'ds.attn_implementation': 'sdpa'}\n"
         "print(sys.argv[1:], os.environ['RANK'], os.environ['WORLD_SIZE'], int(os.environ['MASTER_PORT']) > 0)\n"
     )
     command = [sys.executable, "-m", "openrlhf_gopo.platform", "program", "--flag", "1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    env = os.environ | {SWITCH: "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=env)
     assert done.stdout.strip() == "['--flag', '1'] 0 1 True", done.stderr
     usage = subprocess.run(command[:3], capture_output=True, text=True, timeout=60)
     assert usage.returncode != 0

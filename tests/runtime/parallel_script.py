@@ -19,13 +19,12 @@ import deepspeed  # noqa: E402
 import torch  # noqa: E402
 from openrlhf.models import Actor  # noqa: E402
 from openrlhf.trainer.ppo_utils.experience import Experience  # noqa: E402
-from openrlhf.utils import get_strategy, utils  # noqa: E402
+from openrlhf.utils import get_strategy  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 
 from openrlhf_gopo.cli import train_gopo  # noqa: E402
 from openrlhf_gopo.config import EXPERT  # noqa: E402
 from openrlhf_gopo.runtime.actors import RolePolicyActor  # noqa: E402
-from openrlhf_gopo.runtime.models import substituted  # noqa: E402
 from openrlhf_gopo.runtime.roles import role_args  # noqa: E402
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -75,15 +74,13 @@ def build(folder: str, flags: dict[str, str], dtype: str, dynamic: int) -> Any:
     needed = {"--gopo.env": "shop", "--actor.model_name_or_path": folder, "--algo.advantage.estimator": "group_norm"}
     words = [word for name, value in (needed | flags).items() for word in (name, *value.split())]
     args, config = train_gopo.parse(words)
-    # Upstream's flag takes bf16 and fp16 only; with neither DeepSpeed computes in float32.
     args.ds.param_dtype = dtype
     if dynamic:  # as a flag it implies packing, which needs CUDA; the accumulation is the same without
         args.train.dynamic_batch_enable, args.train.max_tokens_per_gpu, args.rollout.batch_size = True, dynamic, 2
     strategy = partitioned(get_strategy(role_args(args, EXPERT, config)))
     cls = RolePolicyActor.__ray_metadata__.modified_class
     expert = cls(WORLD, RANK, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
-    with substituted(utils, convert_to_torch_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}.get):
-        expert.init_model_from_pretrained(strategy, folder, max_steps=10, vllm_engines=None)
+    expert.init_model_from_pretrained(strategy, folder, max_steps=10, vllm_engines=None)
     if strategy.stage == 3:
         assert not any(p.numel() for p in expert.actor.model.parameters())
     return expert
