@@ -17,8 +17,10 @@ platform.activate()  # before transformers' models
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from openrlhf_gopo.evaluation.records import read_trajectories  # noqa: E402
+from openrlhf_gopo.platform.dtype import fastest  # noqa: E402
 
 ROLES = ("expert", "responder")
+NOISE = {"bf16": 0.02, "fp32": 1e-3}[fastest()]  # of the engine, which holds weights as the trainer does
 STEPS = 5
 
 
@@ -27,6 +29,7 @@ def trained(tmp_path_factory, train, tiny_model):
     out = tmp_path_factory.mktemp("async")
     ahead = ("--train.async_enable", "--train.partial_rollout_enable", "--algo.advantage.is_correction_level", "token")
     longer = ("--gopo.max_turns", 8, "--data.max_samples", 4 * STEPS, "--ckpt.max_num", 100, "--eval.steps", -1)
+    longer += ("--algo.kl.init_coef", 0)  # two processes less to start
     # Dialogues that outlast an update on any machine: only then do some meet new weights on their way.
     slow = ("--gopo.user", f"{Path(__file__).with_name('slow_user.py')}:Slow")
     train(tiny_model, out, "--gopo.env", "shop", *slow, *ahead, *longer)
@@ -60,14 +63,14 @@ def test_each_turn_was_sampled_from_the_weights_of_its_version(trained, dialogue
     wrong, checked = {}, set()
     for version in {turn.version for dialogue in dialogues for turn in dialogue.turns}:
         folder = trained / "ckpt" / role / f"global_step{version}_hf" if version else tiny_model
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         for offset in (0, -1):  # the turns of this version, and, as a control, those of the next one
             errors = [e for dialogue in dialogues for e in turn_errors(model, dialogue, role, version - offset)]
             if errors:
                 wrong.setdefault(offset, []).append(sum(errors) / len(errors))
                 checked.add((offset, version))
     assert len(checked) >= 4
-    assert max(wrong[0]) < 0.02
+    assert max(wrong[0]) < NOISE
     assert min(wrong[-1]) > 2 * max(wrong[0])
 
 

@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from openrlhf_gopo.evaluation.records import read_trajectories  # noqa: E402
 
 ROLES = ("expert", "responder")
+BF16 = ("--ds.param_dtype", "bf16")  # on every machine
 NOISE = 0.02  # bf16, and vLLM adds the adapter to the weights where PEFT adds it to the activations
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, train, tiny_model) -> Path:
     out = tmp_path_factory.mktemp("lora")
-    train(tiny_model, out, "--gopo.env", "shop", "--ds.lora.rank", 4, "--actor.adam.lr", 5e-2)
+    train(tiny_model, out, "--gopo.env", "shop", "--ds.lora.rank", 4, "--actor.adam.lr", 5e-2, *BF16)
     return out
 
 

@@ -20,10 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from openrlhf_gopo.envs import load_environment  # noqa: E402
 from openrlhf_gopo.evaluation.records import read_trajectories  # noqa: E402
+from openrlhf_gopo.platform.dtype import fastest  # noqa: E402
 from openrlhf_gopo.policy import prompts  # noqa: E402
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy  # noqa: E402
 
 ROLES = ("expert", "responder")
+NOISE = {"bf16": 0.02, "fp32": 1e-3}[fastest()]  # of the engine, which holds weights as the trainer does
 
 
 # What the two runs train with besides the defaults: between them every path of the objective runs for real.
@@ -69,7 +71,7 @@ def weights(trained, role: str) -> list[Path]:
 
 def logprob_error(folder: Path, role: str, dialogues) -> float:
     """Mean |recorded - recomputed| log-probability of the actions; of decisions over the allowed labels only."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     errors = []
     for dialogue in dialogues:
         stream = dialogue.streams[role]
@@ -93,7 +95,7 @@ def test_the_engine_samples_from_the_synced_weights(trained, rollouts, role):
     versions = weights(trained, role)
     for sampled_at, dialogues in enumerate(rollouts):
         errors = [logprob_error(folder, role, dialogues) for folder in versions]
-        assert errors[sampled_at] < 0.02, (sampled_at, errors)
+        assert errors[sampled_at] < NOISE, (sampled_at, errors)
         for other in {0, 1, 2} - {sampled_at}:
             assert errors[other] > 3 * errors[sampled_at], (sampled_at, errors)
 
@@ -227,8 +229,8 @@ def test_an_evaluation_of_the_saved_pair_meets_the_same_users(trained, tiny_mode
     for trajectories in played.values():
         assert {(t.goal.id, t.seed, t.turns[0].user) for t in trajectories} == users
     for role in ROLES:
-        assert logprob_error(out / role, role, played["saved"]) < 0.02
-    assert logprob_error(out / "expert", "expert", played["mixed"]) < 0.02
+        assert logprob_error(out / role, role, played["saved"]) < NOISE
+    assert logprob_error(out / "expert", "expert", played["mixed"]) < NOISE
     assert [set(played[n][0].streams) for n in files] == [{"expert", "responder"}, {"responder"}, {"expert"}, set()]
     assert {t.turns[0].reply for t in played["mixed"]} != {t.turns[0].reply for t in played["saved"]}
     table = (tmp_path / "table.md").read_text()
