@@ -79,7 +79,8 @@ def _question(action: str, book: Book) -> Strategy:
 
 def slot_name(slot: str) -> str:
     """``account_id`` -> account ID, ``reason_slotval`` -> reason."""
-    plain = {"phone": "phone number", "shipping_option": "shipping status"}.get(slot, slot)
+    spoken = {"customer_name": "name", "phone": "phone number", "shipping_option": "shipping status"}
+    plain = spoken.get(slot, slot)
     return re.sub(r"\bid\b", "ID", plain.replace("_slotval", "").replace("_", " "))
 
 
