@@ -65,8 +65,11 @@ def write_procedure(flow: Flow, book: Book, dialogues: Sequence[HumanDialogue]) 
 
 
 def _action(action: str, texts: Mapping[str, str]) -> Strategy:
-    text = re.sub(r"[\[\]]", "", " ".join(texts.get(action, "").split()))
-    first = re.split(r"(?<=[.:])\s", re.sub(r"^\W*Option \w+\W*", "", text))[0].rstrip(":. ")
+    text = re.sub(r"[\[\]]", "", " ".join(texts.get(action, "").replace("<or>", "or").split()))
+    first, *rest = re.split(r"(?<=[.:])\s", re.sub(r"^\W*Option \w+\W*", "", text))
+    if first.endswith(":") and first.startswith(("If ", "To ")) and rest:  # half a sentence
+        first = f"{first} {rest[0]}"
+    first = first.rstrip(":. ")
     return Strategy(action, action.replace("-", " "), f"Action. {first}." if first else "Action.", does=(action,))
 
 

@@ -129,3 +129,16 @@ def test_questions_list_what_they_ask_for(load):
     assert talk.reference_reply("ask:pull-up-account") == "Could you give me your name, please?"
     asked = talk.reference_reply("ask:validate-purchase")
     assert asked == "Could you give me your order ID, username and email, please?"
+
+
+def test_descriptions_are_whole_sentences(load):
+    def change(talks, guidelines):
+        steps = guidelines["Returns"]["subflows"]["Late Return"]["actions"]
+        steps[0] |= {"text": "Get the name, then [Pull up Account]", "subtext": ["Full name - first and last"]}
+        steps[2] |= {"text": "To check it, you will first need:", "subtext": ["A card <or> a number", "Enter it"]}
+        del guidelines["Returns"]["subflows"]["Refund Now"]["actions"][0]
+
+    env = load(change)
+    texts = {strategy.id: strategy.description for strategy in env.catalogue(env.goals("heldout")[0])}
+    assert texts["pull-up-account"] == "Action. Get the name, then Pull up Account."
+    assert texts["membership"] == "Action. To check it, you will first need: A card or a number."
