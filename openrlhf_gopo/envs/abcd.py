@@ -25,6 +25,7 @@ from openrlhf_gopo.envs.base import SPLITS, Dialogue, Environment, HumanDialogue
 from openrlhf_gopo.envs.reading import mentions
 from openrlhf_gopo.envs.replayed import BYE, PATIENCE
 from openrlhf_gopo.errors import ConfigError, DataError
+from openrlhf_gopo.rewards.text import values as stated
 from openrlhf_gopo.sop import Procedure
 from openrlhf_gopo.types import Goal, Strategy
 from openrlhf_gopo.users.replay import Line, Pool, ReplayUser, Said, line
@@ -165,11 +166,13 @@ def _case(one: HumanDialogue, record: Record, manual: Manual) -> Case:
 
 
 def _answer(one: HumanDialogue) -> str:
-    """The FAQ's answer: the data holds it only in the agent's words, the longest of those after the search."""
+    """The FAQ's answer: the data holds it only in the agent's words after the search, in those that state a value, else
+    in the longest."""
     names = [turn.strategy for turn in one.turns]
     start = next((i for i, name in enumerate(names) if name.startswith("search-") and name != "search-faq"), len(names))
     words = [turn.reply for turn in one.turns[start:] if turn.strategy not in (BYE, MORE)]
-    return max(words, key=len, default="")
+    told = [text for text in dict.fromkeys(words) if stated(text)]
+    return " ".join(told) or max(words, key=len, default="")
 
 
 def _needs(action: str, record: Record, manual: Manual, texts: Sequence[str]) -> dict[str, str]:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from openrlhf_gopo.envs.abcd_sop import Procedure, slot_name
 from openrlhf_gopo.envs.abcd_turns import ASK, MORE, REPLY
 from openrlhf_gopo.envs.base import HumanDialogue
+from openrlhf_gopo.envs.reading import mentions
 from openrlhf_gopo.envs.replayed import BYE, ReplayDialogue
 from openrlhf_gopo.rewards.text import values as stated
 from openrlhf_gopo.types import Goal, Strategy
 from openrlhf_gopo.users.base import Voice
-from openrlhf_gopo.users.replay import Answer, Line, ReplayUser, Said
+from openrlhf_gopo.users.replay import ACKNOWLEDGE, Answer, Line, ReplayUser, Said
 
 # Said where the human agent's words do not fit, or are not known.
 STOCK = {
@@ -21,6 +22,7 @@ STOCK = {
     MORE: "Is there anything else I can help you with?",
     BYE: "Thank you and have a great day!",
 }
+ANSWERED = "I hope this answers your question."  # at the click on an FAQ's answer that was told before
 QUESTION = re.compile(r"\?|^(?:what|where|when|how|who|why|which|can|could|do|does|is|are|will)\b", re.I)
 
 
@@ -50,7 +52,8 @@ class Case:
         """What the system returned on ``action``: the FAQ's answer, or ``words``, the agent's own at a query; or ""."""
         if action == "select-faq" or (action.startswith("search-") and action in self.required[1:]):
             return self.answer
-        return words if action in self.queries else ""
+        # The agent's thanks tell nothing of what the system said.
+        return words if action in self.queries and not ACKNOWLEDGE.fullmatch(words) else ""
 
     def brief(self, strategy: Strategy, told: Collection[str], returned: Iterable[str]) -> str:
         """What ``strategy`` is for, what is entered or still missing of the slots ``told``, what the system returned so
@@ -96,19 +99,20 @@ class AbcdDialogue(ReplayDialogue):
     def reference_reply(self, strategy: str) -> str:
         """What this dialogue's human agent said under ``strategy``, else what the system says, else a stock line."""
         own = self._human(strategy)
-        if strategy == "select-faq" and self._case.answer and not self._answered():
-            return self._case.answer
-        if own is not None:
-            turn = self._case.human.turns[own]
-            return turn.reply or turn.events[0]
+        turn = None if own is None else self._case.human.turns[own]
+        if strategy == "select-faq" and self._case.answer:
+            if not self._answered():
+                return self._case.answer
+            # The system's line has the number of the answer, which nobody but the system knows.
+            return (turn and turn.reply) or ANSWERED
+        if turn is not None:
+            return turn.reply or self._confirmed(strategy, turn.events[0])
         if strategy in STOCK:
             return STOCK[strategy]
-        known = {slot: self._case.values[slot] for slot in sorted(self._told) if slot in self._case.values}
         if not strategy.startswith(ASK):
-            lines = [text for entry in self._spoken.get(strategy, ()) if (text := entry.adapted(known))]
-            return lines[0] if lines else f"One moment, please: {strategy.replace('-', ' ')}."
-        missing = self._missing(strategy.removeprefix(ASK)) or ("details",)
-        return f"Could you give me your {', '.join(map(slot_name, missing))}, please?"
+            return next(iter(self._lines(strategy)), f"One moment, please: {strategy.replace('-', ' ')}.")
+        *first, last = map(slot_name, self._missing(strategy.removeprefix(ASK)) or ("details",))
+        return f"Could you give me your {' and '.join([', '.join(first), last] if first else [last])}, please?"
 
     def relevance(self) -> Mapping[str, int]:
         """3: the answer the customer waits for, else the next step in the guidelines' order. 2: another required
@@ -125,7 +129,7 @@ class AbcdDialogue(ReplayDialogue):
     # -- playing ---------------------------------------------------------------------------------------------------
 
     def _play(self, strategy: str) -> tuple[Answer, list[str], list[str]]:
-        required = strategy in self._required()
+        required, own = strategy in self._required(), self._human(strategy)
         completed = [f"do:{strategy}"] if strategy in self._open() else []
         action = strategy.removeprefix(ASK)
         events = [f"do:{strategy}"] if strategy == action and strategy not in STOCK else []
@@ -134,9 +138,10 @@ class AbcdDialogue(ReplayDialogue):
         elif strategy != action or (not required and strategy not in (REPLY, MORE)):
             answer = self._user.complain()
         elif strategy == MORE:
-            answer = self._user.closing(strategy, self._human(strategy))
+            # Who still waits does not say that this is all, unless this dialogue's customer did.
+            early = own is None and self._open()
+            answer = self._user.complain() if early else self._user.closing(strategy, own)
         else:
-            own = self._human(strategy)
             answer = self._user.react(
                 strategy, -1 if own is None else own, self._case.values, fits=required or strategy == REPLY
             )
@@ -184,17 +189,17 @@ class AbcdDialogue(ReplayDialogue):
         several clicks of an action the last one worked.
         """
         turns, following = self._case.human.turns, self._following()
-        if following is not None and turns[following].strategy == strategy:
-            return following
         own = [index for index, turn in enumerate(turns) if turn.strategy == strategy]
+        if own and strategy not in STOCK and not strategy.startswith(ASK):
+            return own[-1]
+        if following in own:
+            return following
         if not own or strategy == REPLY:
             return None
         if strategy in STOCK:
             done = {turn.strategy for turn in turns[: own[-1]] if turn.events}
             return own[-1] if done.issubset(self._history) else None
-        if strategy.startswith(ASK):
-            return own[min(self._history.count(strategy), len(own) - 1)]
-        return own[-1]
+        return own[min(self._history.count(strategy), len(own) - 1)]
 
     def _useless(self, strategy: str) -> bool:
         return strategy.startswith(ASK) and not self._missing(strategy.removeprefix(ASK))
@@ -202,6 +207,17 @@ class AbcdDialogue(ReplayDialogue):
     def _entered(self, strategy: str) -> list[str]:
         needs = self._case.needs.get(strategy, {})
         return [value for slot, value in needs.items() if slot in self._told]
+
+    def _lines(self, action: str) -> list[str]:
+        """What the system says after ``action`` in other dialogues, with what this customer told in it."""
+        known = {slot: self._case.values[slot] for slot in sorted(self._told) if slot in self._case.values}
+        return [text for entry in self._spoken.get(action, ()) if (text := entry.adapted(known))]
+
+    def _confirmed(self, action: str, line: str) -> str:
+        """The system's ``line``; another's where this one has what the human agent entered by mistake."""
+        entered = self._entered(action)
+        lines = [line, *self._lines(action)] if entered else []
+        return next((text for text in lines if any(mentions(text, value) for value in entered)), line)
 
     def _answered(self) -> bool:
         """The FAQ's answer was in the human agent's words at the search, which came before."""

@@ -153,12 +153,10 @@ def _flow(
         at = f"{where}:{title}.subflows.{name}.actions"
         steps = [(_action(step, at, kinds), step) for step in get(body, "actions", list, at)]
         end = next((index for index, (_, step) in enumerate(steps) if step["button"] == END), len(steps))
-        certain = {action: step["text"] for action, step in steps[:end] if not OPTIONAL.search(step["text"])}
+        other = {action: _sentences(step, at) for action, step in steps}
+        sure = [(action, step) for action, step in steps[:end] if not OPTIONAL.search(step["text"])]
+        certain = {action: _sentences(step, at) for action, step in sure}
         optional[subflow] = frozenset(required[subflow]) - set(certain)
-        other = {
-            action: " ".join([step["text"], *(texts(step, "subtext", at) if "subtext" in step else ())])
-            for action, step in steps
-        }
         said = {**other, **said, **certain}
     names = dict(zip(subflows, written, strict=True))
     return Flow(
@@ -169,6 +167,13 @@ def _flow(
         names,
         {action: text for action, text in said.items() if action},
     )
+
+
+def _sentences(step: Any, where: str) -> str:
+    """A guideline's text and the lines below it; each is a sentence, whether or not it ends as one."""
+    below = texts(step, "subtext", where) if "subtext" in step else ()
+    lines = [line.strip() for line in (step["text"], *below) if line.strip()]
+    return " ".join(line if line.endswith((".", ":", "?", "!")) else f"{line}." for line in lines)
 
 
 def _action(step: Any, where: str, kinds: Mapping[str, str]) -> str:

@@ -65,8 +65,11 @@ def write_procedure(flow: Flow, book: Book, dialogues: Sequence[HumanDialogue]) 
 
 
 def _action(action: str, texts: Mapping[str, str]) -> Strategy:
-    text = re.sub(r"[\[\]]", "", " ".join(texts.get(action, "").split()))
-    first = re.split(r"(?<=[.:])\s", re.sub(r"^\W*Option \w+\W*", "", text))[0].rstrip(":. ")
+    text = re.sub(r"[\[\]]", "", " ".join(texts.get(action, "").replace("<or>", "or").split()))
+    first, *rest = re.split(r"(?<=[.:])\s", re.sub(r"^\W*Option \w+\W*", "", text))
+    if first.endswith(":") and first.startswith(("If ", "To ")) and rest:  # half a sentence
+        first = f"{first} {rest[0]}"
+    first = first.rstrip(":. ")
     return Strategy(action, action.replace("-", " "), f"Action. {first}." if first else "Action.", does=(action,))
 
 
@@ -79,7 +82,8 @@ def _question(action: str, book: Book) -> Strategy:
 
 def slot_name(slot: str) -> str:
     """``account_id`` -> account ID, ``reason_slotval`` -> reason."""
-    plain = {"phone": "phone number", "shipping_option": "shipping status"}.get(slot, slot)
+    spoken = {"customer_name": "name", "phone": "phone number", "shipping_option": "shipping status"}
+    plain = spoken.get(slot, slot)
     return re.sub(r"\bid\b", "ID", plain.replace("_slotval", "").replace("_", " "))
 
 

@@ -24,6 +24,8 @@ _BAD_NEWS = frozenset({"coupon_checked", "payment_checked"})  # of use, but noth
 _RELUCTANT = frozenset({"expensive", "misfit", "pushy", "unsure"})  # who says so does not ask for more
 _BLOWS = frozenset({"confused", "held", "misfit", "pushy", "sold_out", "wrong"})  # what a good apology can make up for
 _MIN_TRUST_TO_BUY = 0.25
+# Told before; else the desk cannot name the product, or not the right one.
+_KNOWN = {"ask_use": {"need"}, "ask_budget": {"need"}, "recommend": {"use", "budget"}, "compare": {"use"}}
 
 
 class ShopDialogue(Dialogue):
@@ -218,10 +220,8 @@ class ShopDialogue(Dialogue):
         data, marks = self.goal.data, self._marks
         if strategy in NEEDS_IDENTITY and "identity" not in marks:
             return "on_hold"
-        if strategy == "recommend" and not marks >= {"use", "budget"}:
-            return "recommend_early"
-        if strategy == "compare" and "use" not in marks:
-            return "compare_early"
+        if not marks.issuperset(_KNOWN.get(strategy, ())):
+            return f"{strategy}_early"
         if strategy == "check_stock" and data["stock"] != "here":
             return f"check_stock_{data['stock']}"
         if strategy == "invite_to_buy" and data["stock"] == "other" and "stock_known" in marks:
