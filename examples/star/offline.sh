@@ -3,7 +3,8 @@
 # well the models agree with dialogues and tasks that were held out. CPU, or one GPU.
 # usage: offline.sh STAR_FOLDER   (a clone of the STAR repository)
 # Settings, as environment variables: OUT (results), PYTHON, SEED; MODEL (a chat model to start from; default: a small
-# untrained one is built, of HIDDEN and LAYERS); WARM and WARM_LR (imitation), EPOCHS and LR (offline GOPO).
+# untrained one is built, of HIDDEN and LAYERS); WARM and WARM_LR (imitation), EPOCHS and LR (offline GOPO); EVERY (n:
+# every n-th dialogue of each part only); MICRO (dialogues that are back-propagated at once).
 set -euo pipefail
 DATA=$(realpath "${1:?usage: offline.sh STAR_FOLDER}")
 OUT=${OUT:-runs/star_offline}
@@ -14,6 +15,8 @@ WARM_LR=${WARM_LR:-2e-3}
 EPOCHS=${EPOCHS:-2}
 LR=${LR:-3e-4}
 MODEL=${MODEL:-}
+EVERY=${EVERY:-1}
+MICRO=${MICRO:-8}
 export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 mkdir -p "$OUT"
@@ -25,7 +28,7 @@ warm_start() {
     "$PYTHON" -m openrlhf_gopo.platform openrlhf.cli.train_sft \
         --model.model_name_or_path "$2" --data.dataset "$OUT/demos/$1.jsonl" --ckpt.output_dir "$OUT/warm_$1" \
         --data.input_key messages --data.multiturn --data.apply_chat_template --data.max_len 2048 \
-        --train.batch_size 8 --train.micro_batch_size 8 \
+        --train.batch_size 8 --train.micro_batch_size "$MICRO" \
         --train.max_epochs "$WARM" --train.seed "$SEED" --adam.lr "$WARM_LR" "${@:3}"
 }
 
@@ -36,7 +39,7 @@ learn() {
         --model.model_name_or_path "$OUT/warm_$1" \
         --data.dataset "$OUT/logs/train.jsonl" \
         --eval.dataset "$OUT/logs/dialogues.jsonl,$OUT/logs/tasks.jsonl" \
-        --data.max_len 2048 --train.batch_size 32 --train.micro_batch_size 8 \
+        --data.max_len 2048 --train.batch_size 32 --train.micro_batch_size "$MICRO" \
         --train.max_epochs "$EPOCHS" --train.seed "$SEED" \
         --ckpt.output_dir "$OUT/$1" --ckpt.path "$OUT/checkpoints_$1" "${@:2}"
 }
@@ -44,6 +47,7 @@ learn() {
 say "1/4 the human dialogues as logs, whole tasks and some dialogues held out"
 "$PYTHON" -m openrlhf_gopo.cli.logs convert star "$DATA" --played --out "$OUT/played.jsonl"
 "$PYTHON" examples/star/split.py "$OUT/played.jsonl" "$OUT/logs"
+sed -i -n "1~${EVERY}p" "$OUT"/logs/*.jsonl
 
 say "2/4 the model to start from, and demonstrations for it"
 if [[ -z $MODEL ]]; then
