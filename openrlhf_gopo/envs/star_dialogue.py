@@ -121,7 +121,9 @@ class StarDialogue(ReplayDialogue):
         if strategy in self._manual.queries.values():
             return self._query()
         self._replayed.append(strategy)
-        match = next((owed for owed in self._owed if strategy in owed[1]), None)
+        # The report that is named by it comes first: one that it may stand for can be given in other ways too.
+        fitting = sorted((owed for owed in self._owed if strategy in owed[1]), key=lambda owed: owed[1][0] != strategy)
+        match = next(iter(fitting), None)
         if match is not None:
             self._owed.remove(match)
             outcomes = [] if self._owed else self._outcomes.get(self._segment - 1, [])
@@ -191,7 +193,8 @@ class StarDialogue(ReplayDialogue):
         request = None
         if not self._owed and not self._stale and not self._done():
             request = self._script.rounds[self._segment].result[0]
-        facts = self._manual.facts(self._told, result.result if result else None, bool(self._owed), request)
+        after = result.result if result else None
+        facts = self._manual.facts(self._told, after, self._replayed, bool(self._owed), request)
         return self._manual.sop.allowed(self._history, facts)
 
     def _required(self) -> set[str]:
