@@ -143,12 +143,15 @@ def _round(draft: _Draft, index: int, manual: Manual) -> Round:
     query, found = draft.rounds[index]
     result = (phase(query, manual.task), status(found.values))
     labels = [beat.label for beat in draft.beats if beat.segment == index + 1]
-    told = [label for label in dict.fromkeys(labels) if result in manual.reports.get(label, ())]
-    # After the first report only those count that say something: "search for more?" is no step of the task.
-    full = [s for s in told[1:] if "{" in manual.templates[s] or not re.match("[a-z]+_ask_", s)]
+    told = [s for s in dict.fromkeys(labels) if result in manual.reports.get(s, ()) and says_something(s, manual)]
     slots = set(manual.asks.values())
     needs = {slot: value for slot, value in query.values.items() if slot in slots}
-    return Round(result, found.values, needs, tuple([*told[:1], *full][:MAX_REPORTS]))
+    return Round(result, found.values, needs, tuple(told[:MAX_REPORTS]))
+
+
+def says_something(label: str, manual: Manual) -> bool:
+    """Whether a report tells something of the result: "search for more?" is no step of the task."""
+    return "{" in manual.templates[label] or not re.match("[a-z]+_ask_", label)
 
 
 def _with_check(draft: _Draft, rounds: list[Round]) -> list[Round]:

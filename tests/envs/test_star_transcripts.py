@@ -84,3 +84,22 @@ def test_reports_that_a_human_gave_the_other_way_round_leave_something_to_say(tm
     talk, outcome = after(env, goals[0], "query", "quiz_pose")
     assert outcome.completed == ("report:1:quiz_pose",)
     assert 3 in talk.relevance().values()
+
+
+FLATS = {
+    "flat_ask_rooms": "How many rooms?",
+    "flat_tell": "There is one on level {level:d}.",
+    "flat_ask_search_more": "Would you like to search for more?",
+}
+FLATS_GRAPH = {"flat_ask_rooms": "query", "query": "flat_tell"}
+FLAT_FOUND = [user("A flat with 3 rooms."), *query({"Level": 7}, Rooms="3")]
+MORE = [wizard("flat_ask_search_more", "Would you like to search for more?"), user("No.")]
+
+
+def test_asking_whether_to_go_on_does_not_report_the_result(tmp_path):
+    """The wizard told it in words of their own."""
+    own_words = [wizard("", "Seventh floor, if you do not mind the stairs."), user("Nice.")]
+    env, goals = desk(tmp_path, "flat", FLATS, FLATS_GRAPH, ["Rooms"], *[[*FLAT_FOUND, *own_words, *MORE, BYE]] * 3)
+    assert "flat_ask_search_more" in after(env, goals[0], "query")[1].next.allowed
+    assert after(env, goals[0], "query", "flat_ask_search_more")[1].completed == ()
+    assert after(env, goals[0], "query", "flat_tell")[1].completed == ("report:1", "outcome:check")
