@@ -176,7 +176,8 @@ def _goal(script: Script, manual: Manual, parts: Sequence[Manual]) -> Goal:
 
 def _context(record: Record, manuals: Iterable[Manual]) -> str:
     """What the wizard was told, and what the tools can be asked: nothing of the user's own task text."""
-    lines = [" ".join(record.wizard_task.split()).rstrip(".") + "."]
+    told = " ".join(record.wizard_task.split())
+    lines = [told if told.endswith(("!", "?")) else told.rstrip(".") + "."]
     for manual in manuals:
         slots = list(dict.fromkeys(manual.asks.values()))
         needed = [slot for slot in slots if slot in manual.task.required]

@@ -20,6 +20,7 @@ from openrlhf_gopo.users.replay import Said
 MAX_ROUNDS = 4
 MAX_STEPS = 12  # required turns of one goal, two less than the environment's cap
 MAX_REPORTS = 2  # per round
+MESSAGES = ("Message", "ReservationStatus")  # the fields of an item that say how the query came out
 SEVERAL = 2  # times as many rounds, steps and turns where the dialogue is over several tasks
 
 
@@ -146,7 +147,25 @@ def _round(draft: _Draft, index: int, manual: Manual) -> Round:
     told = [s for s in dict.fromkeys(labels) if result in manual.reports.get(s, ()) and says_something(s, manual)]
     slots = set(manual.asks.values())
     needs = {slot: value for slot, value in query.values.items() if slot in slots}
-    return Round(result, found.values, needs, tuple(told[:MAX_REPORTS]))
+    earlier = [(phase(asked, manual.task), status(got.values), got.values) for asked, got in draft.rounds[:index]]
+    item = after_check(found.values, result[0], query.values, earlier)
+    return Round(result, item, needs, tuple(told[:MAX_REPORTS]))
+
+
+def after_check(
+    item: Mapping[str, Any], part: str, asked: Mapping[str, Any], earlier: Sequence[tuple[str, str, Mapping[str, Any]]]
+) -> Mapping[str, Any]:
+    """A booking's ``item`` with what its check found and the tool does not say again: a ride's licence plate.
+
+    ``part``: its phase; ``asked``: its query, which may want something else than the check did; ``earlier``: phase,
+    status and item of the results before. The item of a check stays as it is.
+    """
+    if not part.endswith("book"):
+        return item
+    check = (part.removesuffix("book") + "check", "ok")
+    found: Mapping[str, Any] = next((got for *result, got in reversed(earlier) if tuple(result) == check), {})
+    wanted = {key.rpartition(".")[2]: value for key, value in asked.items()}
+    return {**{key: wanted.get(key, value) for key, value in found.items() if key not in MESSAGES}, **item}
 
 
 def says_something(label: str, manual: Manual) -> bool:
@@ -163,7 +182,7 @@ def _with_check(draft: _Draft, rounds: list[Round]) -> list[Round]:
         return rounds
     for beat in draft.beats:
         beat.segment += beat.segment > index
-    item = {k: v for k, v in rounds[index].item.items() if k not in ("Message", "ReservationStatus")}
+    item = {k: v for k, v in rounds[index].item.items() if k not in MESSAGES} or dict(rounds[index].needs)
     draft.rounds.insert(index, draft.rounds[index])
     added = replace(rounds[index], result=(checks[index], "ok"), item=item, reports=())
     return _with_check(draft, [*rounds[:index], added, *rounds[index:]])

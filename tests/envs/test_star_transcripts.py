@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from openrlhf_gopo.envs.star import Star
 
 GOODBYE = {"goodbye_1": "Thank you and goodbye."}
@@ -103,3 +105,90 @@ def test_asking_whether_to_go_on_does_not_report_the_result(tmp_path):
     assert "flat_ask_search_more" in after(env, goals[0], "query")[1].next.allowed
     assert after(env, goals[0], "query", "flat_ask_search_more")[1].completed == ()
     assert after(env, goals[0], "query", "flat_tell")[1].completed == ("report:1", "outcome:check")
+
+
+# -- what the agent reads and says -------------------------------------------------------------------------------------
+
+RIDES = {
+    "ride_ask_goal": "Where to?",
+    "ride_ask_confirm": "A ride with {driver_name:s} for {price:d} credits. Shall I book it?",
+    "ride_booked": "Booked, the plate is '{license_plate:s}'.",
+}
+RIDES_GRAPH = {"ride_ask_goal": "query_check", "available": "ride_ask_confirm", "query_success": "ride_booked"}
+RIDES_GRAPH |= {"yes": "query_book", "query_check": "available", "query_book": "query_success"}
+RIDE = {"Goal": "Airport", "CarModel": "Honda", "DriverName": "Ella", "LicensePlate": "019 EAS", "Price": 12}
+
+
+def rides(root):
+    """A ride that is checked, booked, and booked anew for another goal and car."""
+    events = [user("To the airport."), *query(RIDE, Goal="airport", RequestType="Check")]
+    events += [wizard("ride_ask_confirm", "A ride with Ella for 12 credits. Shall I book it?"), user("Yes.")]
+    events += query({"Message": "Ride booked."}, Goal="airport", RequestType="Book")
+    events += [wizard("", "It is all set for you now."), user("To the station, in a BMW.")]
+    events += query({"Message": "Ride booked."}, Goal="station", CarModel="BMW", RequestType="Book")
+    events += [wizard("", "It is all set for you now."), user("Thanks."), BYE]
+    env, goals = desk(root, "ride_book", RIDES, RIDES_GRAPH, ["Goal", "CarModel", "RequestType"], events)
+    return env, goals[0]
+
+
+def test_a_booking_tells_what_its_check_found(tmp_path):
+    checked = ("query_check", "ride_ask_confirm", "query_book")
+    talk, _ = after(*rides(tmp_path), *checked)
+    assert talk.reference_reply("ride_booked") == "Booked, the plate is '019 EAS'."
+    assert "LicensePlate: 019 EAS; Price: 12; Message: Ride booked." in talk.briefing("ride_booked")
+    assert "Honda" in talk.briefing("ride_booked")
+    for strategy in ("ride_booked", "query_book"):
+        talk.step(strategy, talk.reference_reply(strategy))
+    briefing = talk.briefing("ride_booked")
+    assert "Goal: station; CarModel: BMW; DriverName: Ella" in briefing
+
+
+def test_a_booking_is_not_announced_as_a_check(tmp_path):
+    talk, _ = after(*rides(tmp_path), "query_check", "ride_ask_confirm")
+    assert "booking" in talk.briefing("query_book")
+    assert talk.reference_reply("query_book") == "Sure, I will book that for you."
+
+
+def filled(root, template, item):
+    """The reference reply, the strings expected of it, and the briefing of a report over ``item``."""
+    said = {"desk_ask_rooms": "How many?", "desk_tell": template}
+    graph = {"desk_ask_rooms": "query", "query": "desk_tell"}
+    own_words = [wizard("", "Look at this one, it is just what you want."), user("Ok.")]
+    env, goals = desk(root, "desk", said, graph, ["Rooms"], [user("3"), *query(item, Rooms="3"), *own_words, BYE])
+    talk, _ = after(env, goals[0], "query")
+    return talk.reference_reply("desk_tell"), talk.expected("desk_tell"), talk.briefing("desk_tell")
+
+
+@pytest.mark.parametrize(
+    ("template", "item", "reply", "expected"),
+    [
+        ("In {minutes_till_pickup:d} minutes.", {"RideWait": "10 minutes away"}, "In 10 minutes.", ("10",)),
+        ("Orders: {instructions:s}.", {"Message": "Sleep well."}, "Orders: Sleep well.", ("Sleep well.",)),
+        ("Try the {name:s}!", {"Name": "The Oak"}, "Try The Oak!", ("The Oak",)),
+        ("It {has_balcony:s}.", {"HasBalcony": True}, "It has a balcony.", ()),
+        ("It {has_elevator:s}.", {"HasElevator": False}, "It does not have an elevator.", ()),
+        ("Near {pois:s}.", {"NearbyPOIs": ["Gym", "Museum"]}, "Near Gym, Museum.", ()),
+    ],
+)
+def test_values_fit_into_the_sentences_of_templates(tmp_path, template, item, reply, expected):
+    assert filled(tmp_path, template, item)[:2] == (reply, expected)
+
+
+def test_the_briefing_lists_all_that_is_nearby_and_one_step_of_the_way(tmp_path):
+    item = {"NearbyPOIs": ["Gym", "Museum"], "WalkingInstructions": ["Turn left.", "Go on."]}
+    _, _, briefing = filled(tmp_path, "{pois:s}: {simple_instruction:s}", item)
+    assert briefing.endswith("Tool result: NearbyPOIs: Gym, Museum; WalkingInstructions: Turn left.")
+
+
+def test_a_check_that_the_procedure_adds_has_not_found_nothing(tmp_path):
+    events = [user("To the airport."), *query({"Message": "Ride booked."}, Goal="airport", RequestType="Book")]
+    events += [wizard("", "It is all set for you now."), user("Thanks."), BYE]
+    env, goals = desk(tmp_path, "ride_book", RIDES, RIDES_GRAPH, ["Goal", "RequestType"], events)
+    talk, _ = after(env, goals[0], "query_check")
+    assert talk.briefing("ride_ask_confirm").endswith("Tool result: Goal: airport")
+
+
+@pytest.mark.parametrize("told", ["Schedule a meeting!", "Book a room.", "Book a room"])
+def test_the_context_keeps_one_full_stop(tmp_path, told):
+    _, goals = desk(tmp_path, "flat", FLATS, FLATS_GRAPH, ["Rooms"], [*FLAT_FOUND, *MORE, BYE], told=told)
+    assert goals[0].context.startswith(f"{told.rstrip('.')}{'' if told.endswith('!') else '.'} Task: flat.")
