@@ -189,7 +189,7 @@ class StarDialogue(ReplayDialogue):
         elif upcoming.extra:  # the user answers those questions later
             answer = self._user.react(strategy, self._segment, self._values())
         else:
-            answer = self._user.go_on(strategy, self._segment, self._values())
+            answer = self._user.go_on(strategy, self._segment, self._values(), upcoming.early)
         return Answer(answer.text, answer.source, answer.tells | told)
 
     def _last_words(self, strategy: str) -> Answer:

@@ -192,3 +192,36 @@ def test_a_check_that_the_procedure_adds_has_not_found_nothing(tmp_path):
 def test_the_context_keeps_one_full_stop(tmp_path, told):
     _, goals = desk(tmp_path, "flat", FLATS, FLATS_GRAPH, ["Rooms"], [*FLAT_FOUND, *MORE, BYE], told=told)
     assert goals[0].context.startswith(f"{told.rstrip('.')}{'' if told.endswith('!') else '.'} Task: flat.")
+
+
+# -- what the user says ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "rest", "own"),
+    [
+        ("Perfect, that will do.", [*MORE, BYE], True),
+        ("Go on.", [wizard("flat_tell", "There is one on level 9."), user("Fine."), BYE], False),
+        ("Nice. Has it a balcony?", [BYE], False),
+    ],
+    ids=["content", "the wizard told more", "a question"],
+)
+def test_when_all_is_done_the_user_does_not_ask_for_more(tmp_path, words, rest, own):
+    told = [wizard("flat_tell", "There is one on level 7."), user(words)]
+    env, goals = desk(tmp_path, "flat", FLATS, FLATS_GRAPH, ["Rooms"], [*FLAT_FOUND, *told, *rest])
+    talk, outcome = after(env, goals[0], "query", "flat_tell")
+    assert talk.relevance()["goodbye"] == 3
+    assert (outcome.next.user == words) is own
+
+
+def test_a_new_wish_is_told_with_all_its_values(tmp_path):
+    """The wizard asked back in between, which the policy does not: the slot is known."""
+    said = {"meet_ask_start_time": "When?", "meet_ask_end_time": "Until?", "meet_full": "No, they are busy."}
+    graph = {"meet_ask_start_time": "query", "query": "meet_full"}
+    full, busy = {"Message": "conflicting"}, wizard("meet_full", "No, they are busy.")
+    events = [user("From 1 pm to 2 pm."), *query(full, StartTimeHour="1 pm", EndTimeHour="2 pm"), busy]
+    events += [user("Hm, 3 pm?"), wizard("meet_ask_end_time", "Until?"), user("5 pm")]
+    events += [*query(full, StartTimeHour="3 pm", EndTimeHour="5 pm"), busy, user("Never mind."), BYE]
+    env, goals = desk(tmp_path, "meet", said, graph, ["StartTimeHour", "EndTimeHour"], events)
+    _, outcome = after(env, goals[0], "query", "meet_full")
+    assert outcome.next.user == "Hm, 3 pm?\n5 pm"
