@@ -101,6 +101,15 @@ class Pool:
         if COMPLAINT.fullmatch(said.text):
             self.complain.append(said.text)
 
+    def keep_apart(self, values: Iterable[str]) -> None:
+        """Leave out the lines that name one of ``values`` which is not their own: facts that cannot be replaced."""
+        either = "|".join(re.escape(value) for value in sorted(values, key=len, reverse=True))
+        named = re.compile(rf"(?<!\w)(?:{either})(?!\w)", re.I)
+        for strategy, lines in self.after.items() if either else ():
+            own = [{value.casefold() for _, value in entry.values} for entry in lines]
+            found = [{name.casefold() for name in named.findall(entry.text)} for entry in lines]
+            self.after[strategy] = [entry for entry, o, f in zip(lines, own, found, strict=True) if f <= o]
+
 
 class ReplayUser:
     """One user in one dialogue: ``said`` is the goal's own dialogue after the opening, ``pool`` its task's.

@@ -225,3 +225,20 @@ def test_a_new_wish_is_told_with_all_its_values(tmp_path):
     env, goals = desk(tmp_path, "meet", said, graph, ["StartTimeHour", "EndTimeHour"], events)
     _, outcome = after(env, goals[0], "query", "meet_full")
     assert outcome.next.user == "Hm, 3 pm?\n5 pm"
+
+
+def test_a_user_does_not_name_what_another_goal_is_about(tmp_path):
+    """Somebody spoke of a value that is another dialogue's, and was no part of their own query."""
+    said = {"doc_ask_name": "Which doctor?", "doc_tell": "They say: rest.", "doc_note": "I have made a note."}
+    graph = {"doc_ask_name": "query", "query": "doc_tell"}
+
+    def visit(doctor, *noted):
+        told = [wizard("doc_tell", "They say: rest."), user("Thanks.")]
+        return [user(f"I saw {doctor}."), *noted, *query({"Message": "rest"}, Name=doctor), *told, BYE]
+
+    note = wizard("doc_note", "I have made a note.")
+    quiet = [visit("Dr. Elm"), *[visit("Dr. May")] * 5]
+    noted = [visit("Dr. Oak", note, user(words)) for words in ["Before it was Dr. May.", "Good."] * 5]
+    env, goals = desk(tmp_path, "doc", said, graph, ["Name"], *quiet, *noted)
+    words = {env.start(goals[0], seed).step("doc_note", "Noted.").next.user for seed in range(20)}
+    assert words == {"Good."}
