@@ -7,7 +7,8 @@ changes their mind or the subject, and says goodbye. The user's words come from 
 
 A goal succeeds when everything that its human wizard found out and reported was found out and reported, and it is what
 the user wanted (``star_outcome.py``). Where the human's tool refused it refuses everyone: such a goal cannot succeed,
-whoever plays. ``Star.census`` counts them.
+whoever plays. ``Star.census`` counts them. What a turn achieves hangs on its strategy; whether the reply says it is for
+GRE to tell.
 
 Left out: dialogues without a single query result. Rounds beyond four (eight over several tasks), or beyond the turns
 that fit, are cut from a goal. ``Star.census`` counts all of it.
@@ -21,7 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from openrlhf_gopo.envs.base import SPLITS, Dialogue, Environment, HumanTurn
-from openrlhf_gopo.envs.reading import split_of
+from openrlhf_gopo.envs.reading import CLEAR, split_of
 from openrlhf_gopo.envs.replayed import BYE, PATIENCE
 from openrlhf_gopo.envs.star_dialogue import StarDialogue
 from openrlhf_gopo.envs.star_outcome import of_rounds, outcome_ids, standing
@@ -61,6 +62,8 @@ class Star(Environment):
                 self._add(record, self._manuals[name])
         for names in sorted(names for names in groups if len(names) > 1):
             self._add_several(names, groups[names])
+        for intent, pool in self._pools.items():
+            pool.keep_apart(self._values(intent))
 
     @classmethod
     def load(cls, data: str | None) -> Star:
@@ -131,6 +134,12 @@ class Star(Environment):
         for record in records:
             self._add(several.record(record), several.manual)
 
+    def _values(self, intent: str) -> set[str]:
+        """What the training users of ``intent``, or of one of its tasks, know."""
+        tasks = {intent, *intent.split("+")}
+        known = (self._scripts[goal.id].values for goal in self._goals["train"] if goal.intent in tasks)
+        return {value for values in known for _, value in values if value.casefold() not in CLEAR}
+
     def _add(self, record: Record, manual: Manual) -> None:
         script = write_script(record, manual)
         kind = "over several tasks" if len(record.tasks) > 1 else "over one task"
@@ -176,7 +185,8 @@ def _goal(script: Script, manual: Manual, parts: Sequence[Manual]) -> Goal:
 
 def _context(record: Record, manuals: Iterable[Manual]) -> str:
     """What the wizard was told, and what the tools can be asked: nothing of the user's own task text."""
-    lines = [" ".join(record.wizard_task.split()).rstrip(".") + "."]
+    told = " ".join(record.wizard_task.split())
+    lines = [told if told.endswith(("!", "?")) else told.rstrip(".") + "."]
     for manual in manuals:
         slots = list(dict.fromkeys(manual.asks.values()))
         needed = [slot for slot in slots if slot in manual.task.required]

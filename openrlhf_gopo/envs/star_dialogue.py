@@ -19,7 +19,11 @@ from openrlhf_gopo.users.replay import Answer, ReplayUser
 
 LONG = 6  # words; a longer value need not stand in a reply verbatim
 # Said while a later query runs, so that a dialogue of several rounds does not repeat itself.
-AGAIN = ("Sure, I will check that for you.", "Of course. Just a second.", "Let me have a look.")
+AGAIN = {
+    "check": ("Sure, I will check that for you.", "Of course. Just a second.", "Let me have a look."),
+    "book": ("Sure, I will book that for you.", "Of course. I am booking it now.", "Alright, I am making the booking."),
+}
+AWAY = " minutes away"  # of a value, where the template says "minutes" too
 # The item's field behind a template's placeholder, where it is not the same name; the first the item has.
 FIELDS = {
     "balance": ("BankBalance",), "temperature": ("TemperatureCelsius",), "pois": ("NearbyPOIs",),
@@ -73,14 +77,15 @@ class StarDialogue(ReplayDialogue):
         """The reply template, and after a result the tool's values."""
         if self._result() is None:
             return brief(self._manual, strategy, None)
-        return brief(self._manual, strategy, {k: self._shown(value, strategy) for k, value in self._item().items()})
+        return brief(self._manual, strategy, {k: self._shown(k, v, strategy) for k, v in self._item().items()})
 
     def expected(self, strategy: str) -> tuple[str, ...]:
         """The result's values that the reference reply states; none longer than ``LONG`` words."""
         if self._result() is None or strategy not in self._manual.reports:
             return ()
         reply = self.reference_reply(strategy)
-        values = [str(value) for value in self._item().values() if isinstance(value, (str, int, float))]
+        items = (value for value in self._item().values() if isinstance(value, (str, int, float)))
+        values = [str(value).removesuffix(AWAY) for value in items]
         stated = [v for v in values if re.search(rf"(?<!\w){re.escape(v)}(?!\w)", reply) and len(v.split()) <= LONG]
         return tuple(dict.fromkeys(v for v in stated if v not in ("", "True", "False")))
 
@@ -88,9 +93,14 @@ class StarDialogue(ReplayDialogue):
         """What the human wizard said under ``strategy`` after the same result, else the filled template."""
         own = self._human(strategy)
         if strategy in self._manual.queries.values() and self._segment:
-            own = AGAIN[(self._segment - 1) % len(AGAIN)]
+            again = AGAIN["book" if strategy.endswith("book") else "check"]
+            own = again[(self._segment - 1) % len(again)]
+        if own:
+            return own
         template = " ".join(self._manual.templates[strategy].split())
-        return own or re.sub(r"\{(\w+):?\w*\}", lambda match: self._fill(match.group(1), strategy), template)
+        filled = re.sub(r"\{(\w+):?\w*\}", lambda match: self._fill(match.group(1), strategy), template)
+        # A value may bring an article or a full stop that the template has as well: "the The Porch".
+        return re.sub(r"(?<!\.)\.\.$", ".", re.sub(r"\b[Tt]he (?=The\b)", "", filled))
 
     def relevance(self) -> Mapping[str, int]:
         """3: of the required steps, the one the human wizard took next. 2: another required step. 1: an unused
@@ -121,7 +131,9 @@ class StarDialogue(ReplayDialogue):
         if strategy in self._manual.queries.values():
             return self._query()
         self._replayed.append(strategy)
-        match = next((owed for owed in self._owed if strategy in owed[1]), None)
+        # The report that is named by it comes first: one that it may stand for can be given in other ways too.
+        fitting = sorted((owed for owed in self._owed if strategy in owed[1]), key=lambda owed: owed[1][0] != strategy)
+        match = next(iter(fitting), None)
         if match is not None:
             self._owed.remove(match)
             outcomes = [] if self._owed else self._outcomes.get(self._segment - 1, [])
@@ -177,7 +189,7 @@ class StarDialogue(ReplayDialogue):
         elif upcoming.extra:  # the user answers those questions later
             answer = self._user.react(strategy, self._segment, self._values())
         else:
-            answer = self._user.go_on(strategy, self._segment, self._values())
+            answer = self._user.go_on(strategy, self._segment, self._values(), upcoming.early)
         return Answer(answer.text, answer.source, answer.tells | told)
 
     def _last_words(self, strategy: str) -> Answer:
@@ -191,7 +203,8 @@ class StarDialogue(ReplayDialogue):
         request = None
         if not self._owed and not self._stale and not self._done():
             request = self._script.rounds[self._segment].result[0]
-        facts = self._manual.facts(self._told, result.result if result else None, bool(self._owed), request)
+        after = result.result if result else None
+        facts = self._manual.facts(self._told, after, self._replayed, bool(self._owed), request)
         return self._manual.sop.allowed(self._history, facts)
 
     def _required(self) -> set[str]:
@@ -244,10 +257,12 @@ class StarDialogue(ReplayDialogue):
         used = strategy in self._manual.reports and own
         return own[min(self._replayed.count(strategy), len(own) - 1)] if used else ""
 
-    def _shown(self, value: Any, strategy: str) -> str:
-        """A tool value as the agent reads it. Of a list (directions), the step the human gave, else the next one."""
+    def _shown(self, key: str, value: Any, strategy: str) -> str:
+        """A tool value as the agent reads it. Of directions, a list, the step the human gave, else the next one."""
         if not isinstance(value, list) or not value:
             return "" if value is None or value == [] else str(value)
+        if not key.casefold().endswith("instructions"):
+            return ", ".join(map(str, value))
         human = self._human(strategy)
         said = [str(step) for step in value if str(step).rstrip(".") in human]
         return said[0] if said else str(value[min(self._replayed.count(strategy), len(value) - 1)])
@@ -259,7 +274,15 @@ class StarDialogue(ReplayDialogue):
         known |= {key.rpartition(".")[2].casefold(): v for key, v in (reported.needs if reported else {}).items()}
         known |= {key.casefold(): value for key, value in self._item().items()}
         for key in (*FIELDS.get(name, ()), name.replace("_", "")):
-            value = self._shown(known.get(key.casefold()), strategy)
+            value = self._shown(key, known.get(key.casefold()), strategy)
             if value:
-                return value
+                return _worded(name, value)
         return name.replace("_", " ")
+
+
+def _worded(name: str, value: str) -> str:
+    """``value`` as a template's sentence has it: a flat "has a balcony" or "does not have an elevator"."""
+    if not name.startswith("has_") or value not in ("True", "False"):
+        return value.removesuffix(AWAY)
+    thing = name.removeprefix("has_")
+    return f"{'has' if value == 'True' else 'does not have'} {'an' if thing[0] in 'aeiou' else 'a'} {thing}"

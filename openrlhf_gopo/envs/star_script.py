@@ -20,6 +20,7 @@ from openrlhf_gopo.users.replay import Said
 MAX_ROUNDS = 4
 MAX_STEPS = 12  # required turns of one goal, two less than the environment's cap
 MAX_REPORTS = 2  # per round
+MESSAGES = ("Message", "ReservationStatus")  # the fields of an item that say how the query came out
 SEVERAL = 2  # times as many rounds, steps and turns where the dialogue is over several tasks
 
 
@@ -37,7 +38,8 @@ class Beat:
 class Round:
     """One query, what it needs (slot -> value, only slots a strategy asks for), its result, and its reports in order.
 
-    ``extra``: slots that the user tells only when asked after the previous result.
+    ``extra``: slots that the user tells only when asked after the previous result. ``early``: indices in the script's
+    ``said`` of the words that tell a value new in this round, where the user's last words before it do not.
     """
 
     result: Result
@@ -45,6 +47,7 @@ class Round:
     needs: Mapping[str, str]
     reports: tuple[str, ...]
     extra: frozenset[str] = frozenset()
+    early: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,7 @@ def write_script(record: Record, manual: Manual) -> Script | None:
     if not draft.rounds or not draft.opening:
         return None
     rounds = _with_check(draft, [_round(draft, index, manual) for index in range(len(draft.rounds))])
-    said = [Said(beat.user, beat.label, beat.segment) for beat in draft.beats if beat.user]
-    opening, said = _attribute(draft.opening, said, rounds, manual)
+    opening, said = _attribute(draft.opening, _said(draft, manual), rounds, manual)
     wishes: list[tuple[int, ...]] = []
     if len(record.tasks) > 1:
         wishes = [_wish(draft, index, current, manual) for index, current in enumerate(rounds)]
@@ -98,6 +100,7 @@ def write_script(record: Record, manual: Manual) -> Script | None:
         rounds = [_with_unsaid(rounds, index, opening, said, wishes) for index in range(len(rounds))]
     else:
         rounds = [_with_extra(rounds, index, draft, opening, manual) for index in range(len(rounds))]
+        rounds = [replace(current, early=_early(rounds, index, said)) for index, current in enumerate(rounds)]
     values = tuple({(s, v): None for query, _ in draft.rounds for s, v in query.values.items() if s != "RequestType"})
     script = Script(record, opening, tuple(said), tuple(draft.beats), tuple(rounds), values, False, tuple(wishes))
     return _shortened(script)
@@ -143,12 +146,33 @@ def _round(draft: _Draft, index: int, manual: Manual) -> Round:
     query, found = draft.rounds[index]
     result = (phase(query, manual.task), status(found.values))
     labels = [beat.label for beat in draft.beats if beat.segment == index + 1]
-    told = [label for label in dict.fromkeys(labels) if result in manual.reports.get(label, ())]
-    # After the first report only those count that say something: "search for more?" is no step of the task.
-    full = [s for s in told[1:] if "{" in manual.templates[s] or not re.match("[a-z]+_ask_", s)]
+    told = [s for s in dict.fromkeys(labels) if result in manual.reports.get(s, ()) and says_something(s, manual)]
     slots = set(manual.asks.values())
     needs = {slot: value for slot, value in query.values.items() if slot in slots}
-    return Round(result, found.values, needs, tuple([*told[:1], *full][:MAX_REPORTS]))
+    earlier = [(phase(asked, manual.task), status(got.values), got.values) for asked, got in draft.rounds[:index]]
+    item = after_check(found.values, result[0], query.values, earlier)
+    return Round(result, item, needs, tuple(told[:MAX_REPORTS]))
+
+
+def after_check(
+    item: Mapping[str, Any], part: str, asked: Mapping[str, Any], earlier: Sequence[tuple[str, str, Mapping[str, Any]]]
+) -> Mapping[str, Any]:
+    """A booking's ``item`` with what its check found and the tool does not say again: a ride's licence plate.
+
+    ``part``: its phase; ``asked``: its query, which may want something else than the check did; ``earlier``: phase,
+    status and item of the results before. The item of a check stays as it is.
+    """
+    if not part.endswith("book"):
+        return item
+    check = (part.removesuffix("book") + "check", "ok")
+    found: Mapping[str, Any] = next((got for *result, got in reversed(earlier) if tuple(result) == check), {})
+    wanted = {key.rpartition(".")[2]: value for key, value in asked.items()}
+    return {**{key: wanted.get(key, value) for key, value in found.items() if key not in MESSAGES}, **item}
+
+
+def says_something(label: str, manual: Manual) -> bool:
+    """Whether a report tells something of the result: "search for more?" is no step of the task."""
+    return "{" in manual.templates[label] or not re.match("[a-z]+_ask_", label)
 
 
 def _with_check(draft: _Draft, rounds: list[Round]) -> list[Round]:
@@ -160,10 +184,21 @@ def _with_check(draft: _Draft, rounds: list[Round]) -> list[Round]:
         return rounds
     for beat in draft.beats:
         beat.segment += beat.segment > index
-    item = {k: v for k, v in rounds[index].item.items() if k not in ("Message", "ReservationStatus")}
+    item = {k: v for k, v in rounds[index].item.items() if k not in MESSAGES} or dict(rounds[index].needs)
     draft.rounds.insert(index, draft.rounds[index])
     added = replace(rounds[index], result=(checks[index], "ok"), item=item, reports=())
     return _with_check(draft, [*rounds[:index], added, *rounds[index:]])
+
+
+def _said(draft: _Draft, manual: Manual) -> list[Said]:
+    """The user's words after the opening. A question asks for more, and so do words that a further report answered."""
+    said = []
+    for index, beat in enumerate(draft.beats):
+        rest = (later.label for later in draft.beats[index + 1 :] if later.segment == beat.segment)
+        more = any(label in manual.reports and says_something(label, manual) for label in rest)
+        if beat.user:
+            said.append(Said(beat.user, beat.label, beat.segment, more=more or beat.user.rstrip().endswith("?")))
+    return said
 
 
 def _attribute(first: str, said: list[Said], rounds: Sequence[Round], manual: Manual) -> tuple[Said, list[Said]]:
@@ -199,6 +234,15 @@ def _with_extra(rounds: Sequence[Round], index: int, draft: _Draft, opening: Sai
     asked = {manual.asks.get(beat.label) for beat in draft.beats if beat.segment == index}
     new = {slot for slot in rounds[index].needs if slot not in earlier and slot in asked} if index else set()
     return replace(rounds[index], extra=frozenset(new))
+
+
+def _early(rounds: Sequence[Round], index: int, said: Sequence[Said]) -> tuple[int, ...]:
+    """``Round.early``: "3 pm on Monday?" before the "5 pm" that answered a question about the end."""
+    here = [i for i, s in enumerate(said) if index and s.segment == index]
+    known = {value for current in rounds[:index] for value in current.needs.values()}
+    new = {v for slot, v in rounds[index].needs.items() if v not in known and slot not in rounds[index].extra}
+    untold = [value for value in new if not any(mentions(said[i].text, value) for i in here[-1:])]
+    return tuple(i for i in here[:-1] if any(mentions(said[i].text, value) for value in untold))
 
 
 def _wish(draft: _Draft, index: int, upcoming: Round, manual: Manual) -> tuple[int, ...]:

@@ -96,6 +96,7 @@ def combine(manuals: Sequence[Manual]) -> Several:
                 for m in manuals
                 for part, wanted in m.slots.items()
             },
+            answers=frozenset(label for manual in manuals for label in manual.answers),
             sop=write_sop(f"star, {task.id}", strategies, reports, queries, needed),
         ),
     )

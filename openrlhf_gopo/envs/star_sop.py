@@ -1,9 +1,10 @@
 """The standard operating procedure of one STAR task: its strategies, what each is for, and when it is allowed.
 
 Humans do not follow STAR's graphs step by step, so the graph gives preconditions, not the next node: an ask is always
-allowed, a query needs the slots its API requires, a report needs a result of the kind it reports. Where the graph is
-silent about a report, the results after which the wizards of that task used it decide. The graph's "yes" and "no" are
-the user's wish, which the dialogue supplies as a fact: a query, or a booking, is allowed while the user wants one.
+allowed, a query needs the slots its API requires, a report needs a result of the kind it reports, a verdict on what the
+user said (trivia) the report before it. Where the graph is silent about a report, the results after which the wizards
+of that task used it decide. The graph's "yes" and "no" are the user's wish, which the dialogue supplies as a fact: a
+query, or a booking, is allowed while the user wants one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ QUERY_TEXT = {
 }
 # Graph nodes that are states of the result or the user, not utterances: (phase, status) of the result they stand for.
 OUTCOMES = {"available": ("check", "ok"), "unavailable": ("check", "fail")}
+# The other nodes that are no utterances: the tool's results, and the user's wish.
+STATES = {*OUTCOMES, *QUERIES, "query_success", "query_failure", "yes", "no"}
 # Which slot a question asks for, where its label does not spell the slot's name; the first that the task's API has.
 ASKED = {
     "ask_name": ("FullName", "CustomerName", "UserName", "PatientName", "GuestName", "RenterName", "HostName"),
@@ -63,7 +66,7 @@ class Manual:
 
     ``asks`` maps a question to its slot; ``reports`` a report to the results it may follow; ``closers`` a result to
     the reports that the graph (else the wizards) give it; ``queries`` a phase to its query, ``slots`` a phase to the
-    slots that its task has a question for.
+    slots that its task has a question for. ``answers``: the reports that answer what the user replied to another one.
     """
 
     task: Task
@@ -74,11 +77,17 @@ class Manual:
     closers: Mapping[Result, tuple[str, ...]]
     queries: Mapping[str, str]
     slots: Mapping[str, frozenset[str]]
+    answers: frozenset[str]
     sop: Sop
 
-    def facts(self, told: Collection[str], result: Result | None, pending: bool, request: str | None) -> set[str]:
-        """The SOP's facts: the slots told, what may follow the result, whether it was reported, the query due."""
-        facts = set(told) | {f"may:{label}" for label, after in self.reports.items() if result in after}
+    def facts(
+        self, told: Collection[str], result: Result | None, said: Collection[str], pending: bool, request: str | None
+    ) -> set[str]:
+        """The SOP's facts: the slots told, what may follow the result and the strategies ``said`` since, whether it was
+        reported, the query due."""
+        may = {label for label, after in self.reports.items() if result in after}
+        may -= self.answers if self.reports.keys().isdisjoint(said) else set()
+        facts = set(told) | {f"may:{label}" for label in may}
         facts.update([f"due:{request}"] if request else [])
         facts.update(["reported"] if result and not pending else [])
         facts.update([] if pending else ["settled"])
@@ -152,6 +161,7 @@ def write_manual(task: Task, records: Iterable[Record]) -> Manual:
     queries = {"check": "query_check" if "query_check" in task.replies else "query"}
     queries |= {"book": "query_book"} if "query_book" in task.replies else {}
     closers = _closers(task, said)
+    answers = _answers(task, closers)
     reports: dict[str, set[Result]] = {}
     for label, template in said.items():
         results = {result for result, labels in closers.items() if label in labels}
@@ -173,6 +183,7 @@ def write_manual(task: Task, records: Iterable[Record]) -> Manual:
         closers=closers,
         queries=queries,
         slots=dict.fromkeys(queries, frozenset(asks.values())),
+        answers=answers.intersection(reports),
         sop=write_sop(f"star, {task.id}", strategies, reports, queries, dict.fromkeys(queries, task.required)),
     )
 
@@ -216,6 +227,13 @@ def _closers(task: Task, said: Mapping[str, str]) -> dict[Result, tuple[str, ...
     if nothing:
         found[("check", "empty")] = nothing
     return found
+
+
+def _answers(task: Task, closers: Mapping[Result, tuple[str, ...]]) -> frozenset[str]:
+    """What the graph puts after a state of the user alone: trivia's "correct" makes no sense before the question."""
+    after_result = {label for labels in closers.values() for label in labels}
+    states = task.graph.keys() - task.written - STATES
+    return frozenset(task.graph[state] for state in states) - after_result
 
 
 def _complete(

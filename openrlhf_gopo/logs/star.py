@@ -21,7 +21,7 @@ from openrlhf_gopo.envs.star import Star
 from openrlhf_gopo.envs.star_dialogue import brief
 from openrlhf_gopo.envs.star_outcome import news, standing
 from openrlhf_gopo.envs.star_reader import Event
-from openrlhf_gopo.envs.star_script import Beat, Script, report_ids
+from openrlhf_gopo.envs.star_script import Beat, Script, after_check, report_ids
 from openrlhf_gopo.envs.star_sop import HELLO, Manual, Result, phase, status
 from openrlhf_gopo.logs import human
 from openrlhf_gopo.logs.human import Step
@@ -70,6 +70,7 @@ def _seen(script: Script, manual: Manual) -> Iterator[tuple[Result | None, bool,
     result: Result | None = None
     item: Mapping[str, Any] | None = None
     fresh = False
+    earlier: list[tuple[str, str, Mapping[str, Any]]] = []
     for event in script.record.events:
         if event.kind == "query":
             query = event
@@ -77,6 +78,8 @@ def _seen(script: Script, manual: Manual) -> Iterator[tuple[Result | None, bool,
             item = event.values
             if query is not None:
                 result, fresh = (phase(query, manual.task), status(item)), True
+                item = after_check(item, result[0], query.values, earlier)
+                earlier.append((*result, event.values))
         elif event.kind == "wizard":
             yield result, fresh, item
             fresh = False
@@ -96,10 +99,12 @@ def _reached(beat: Beat, script: Script, manual: Manual) -> list[str]:
 
 def _shown(item: Mapping[str, Any] | None, reply: str) -> dict[str, str] | None:
     """The tool's values as the environment shows them; of a list (directions) the step that the wizard gave."""
-    return None if item is None else {key: _step(value, reply) for key, value in item.items()}
+    return None if item is None else {key: _text(key, value, reply) for key, value in item.items()}
 
 
-def _step(value: Any, reply: str) -> str:
+def _text(key: str, value: Any, reply: str) -> str:
+    if isinstance(value, list) and not key.casefold().endswith("instructions"):
+        return ", ".join(map(str, value))
     if isinstance(value, list):
         return next((str(step) for step in value if str(step).rstrip(".") in reply), str(value[0]) if value else "")
     return "" if value is None else str(value)

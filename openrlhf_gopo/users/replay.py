@@ -28,12 +28,16 @@ FALLBACK = {"acknowledge": "Okay.", "closing": "No, that is all. Thanks.", "comp
 
 @dataclass(frozen=True)
 class Said:
-    """One user utterance: after which strategy, in which stretch between two results, and the slots it tells."""
+    """One user utterance: after which strategy, in which stretch between two results, and the slots it tells.
+
+    ``more``: it asks for more, so it does not end a dialogue.
+    """
 
     text: str
     after: str
     segment: int
     tells: frozenset[str] = frozenset()
+    more: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,15 @@ class Pool:
         if COMPLAINT.fullmatch(said.text):
             self.complain.append(said.text)
 
+    def keep_apart(self, values: Iterable[str]) -> None:
+        """Leave out the lines that name one of ``values`` which is not their own: facts that cannot be replaced."""
+        either = "|".join(re.escape(value) for value in sorted(values, key=len, reverse=True))
+        named = re.compile(rf"(?<!\w)(?:{either})(?!\w)", re.I)
+        for strategy, lines in self.after.items() if either else ():
+            own = [{value.casefold() for _, value in entry.values} for entry in lines]
+            found = [{name.casefold() for name in named.findall(entry.text)} for entry in lines]
+            self.after[strategy] = [entry for entry, o, f in zip(lines, own, found, strict=True) if f <= o]
+
 
 class ReplayUser:
     """One user in one dialogue: ``said`` is the goal's own dialogue after the opening, ``pool`` its task's.
@@ -137,10 +150,15 @@ class ReplayUser:
         answer = self._borrow(lines, values, frozenset())
         return answer or (self.acknowledge() if fits else self.complain())
 
-    def go_on(self, strategy: str, segment: int, values: Mapping[str, str]) -> Answer:
-        """A result was given and the user wants something more: their last words of ``segment`` say what."""
+    def go_on(self, strategy: str, segment: int, values: Mapping[str, str], early: Sequence[int] = ()) -> Answer:
+        """A result was given and the user wants something more: their last words of ``segment`` say what.
+
+        ``early``: own utterances before those that say a part of it; they come first, a line each.
+        """
         here = [i for i, said in enumerate(self._said) if said.segment == segment]
-        return self._first(here[-1:]) or self.react(strategy, segment, values)
+        before = self.say(early)
+        last = self._first(here[-1:]) or self.react(strategy, segment, values)
+        return Answer(f"{before.text}\n{last.text}", last.source, before.tells | last.tells) if before else last
 
     def say(self, indices: Iterable[int]) -> Answer | None:
         """Those of the own utterances ``indices`` that were not replayed yet, a line each; None when none is left."""
@@ -155,7 +173,7 @@ class ReplayUser:
 
     def closing(self, strategy: str, segment: int | None) -> Answer:
         """All is done: the own last words, where ``segment`` is not None, else somebody's goodbye."""
-        own = None if segment is None else self.own(strategy, segment)
+        own = None if segment is None else self.own(strategy, segment, last=True)
         return own or self._any("closing")
 
     def once(self, text: str) -> Answer | None:
@@ -166,10 +184,10 @@ class ReplayUser:
         """The agent's turn made no sense to the user."""
         return self._any("complain")
 
-    def own(self, strategy: str, segment: int) -> Answer | None:
-        """The next own utterance after ``strategy`` in ``segment`` that was not replayed yet."""
+    def own(self, strategy: str, segment: int, *, last: bool = False) -> Answer | None:
+        """The next own utterance after ``strategy`` in ``segment`` not replayed yet; ``last``: asking for no more."""
         here = [i for i, said in enumerate(self._said) if said.after == strategy and said.segment == segment]
-        return self._first([i for i in here if i not in self._used])
+        return self._first([i for i in here if i not in self._used and not (last and self._said[i].more)])
 
     def _first(self, indices: Sequence[int]) -> Answer | None:
         """Replay the first of the own utterances ``indices``."""
