@@ -4,8 +4,9 @@ One goal is one human dialogue. Domain by domain the user says what they look fo
 something that the database has, tells the attributes that the user asks for, and books. Subgoals, of equal weight:
 ``inform`` (presented, as the database says), ``request`` (attributes told) and ``book`` for each domain; success is all
 of them. A reply that does not state what it has to (the name, the attributes, the reference) completes nothing. A first
-attempt that fails (the goal's fail_info, fail_book) is played where the human system turned it down, and for a search
-where the database does. The user's words come from ``users/replay.py``; the strategies from ``multiwoz_acts.yaml``.
+attempt that fails (the goal's fail_info, fail_book) is played where the human system turned it down; a search where the
+user asked for it too, if the database has nothing. The user's words come from ``users/replay.py``: those with a value
+that the goal does not have are not replayed. The strategies come from ``multiwoz_acts.yaml``.
 
 Held out of data.json are the ids of valListFile and testListFile; of val.json alone, a fifth by a hash of the id. Left
 out: dialogues without a goal, without a user's word, or with a search that the database cannot satisfy.
@@ -16,20 +17,20 @@ from __future__ import annotations
 import random
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from openrlhf_gopo.envs.base import SPLITS, Dialogue, Environment, HumanTurn
-from openrlhf_gopo.envs.multiwoz_db import Row, plain, query
+from openrlhf_gopo.envs.multiwoz_db import ANY, Row, plain, query, same, says
 from openrlhf_gopo.envs.multiwoz_dialogue import Beat, Case, MultiwozDialogue
 from openrlhf_gopo.envs.multiwoz_reader import Exchange, Record, humans, read, table
 from openrlhf_gopo.envs.multiwoz_sop import procedure, strategies
-from openrlhf_gopo.envs.reading import mentions
+from openrlhf_gopo.envs.reading import CLEAR
 from openrlhf_gopo.envs.replayed import PATIENCE
 from openrlhf_gopo.errors import ConfigError, DataError
 from openrlhf_gopo.sop import Procedure
 from openrlhf_gopo.types import Goal, Strategy
-from openrlhf_gopo.users.replay import Pool, ReplayUser, Said
+from openrlhf_gopo.users.replay import Pool, ReplayUser, Said, line
 
 CONTEXT = (
     "You are the information desk of a town. You look up restaurants, hotels, attractions, trains, hospitals and the "
@@ -114,10 +115,16 @@ class Multiwoz(Environment):
         self._goals[record.split].append(goal)
         self._cases[goal.id] = case
         if record.split == "train":  # the held-out users' words are seen in their own dialogue only
-            values = [(slot.replace(" ", "."), value) for slot, value in goal.facts.items()]
-            for said in case.said:
-                if len(said.text.split()) <= SHORT:  # longer ones hold more than the answer
-                    self._pool.add(said, values)
+            self._lend(case, goal)
+
+    def _lend(self, case: Case, goal: Goal) -> None:
+        """Let others say what this user said, where it tells nothing but values that theirs can replace."""
+        values = [(slot, value) for slot, value in goal.facts.items() if value not in CLEAR]
+        for said in case.said:
+            own = {slot for slot, _ in line(said.text, values).values}
+            rest = {slot for slot in said.tells - own if not (own and slot.endswith(".book"))}
+            if len(said.text.split()) <= SHORT and not rest:
+                self._pool.add(said, values)
 
 
 def _goal(record: Record, case: Case) -> Goal:
@@ -127,7 +134,7 @@ def _goal(record: Record, case: Case) -> Goal:
         names += [f"inform:{domain}"] if domain != "taxi" else [f"book:{domain}"]
         names += [f"request:{domain}"] if want.reqt and domain != "taxi" else []
         names += [f"book:{domain}"] if want.book and domain != "taxi" else []
-    facts = {f"{d} {s}": v for d, want in record.wants.items() for s, v in {**want.book, **want.info}.items()}
+    facts = {f"{d}.{s}": v for d, want in record.wants.items() for s, v in want.final.items()}
     return Goal(
         id=f"multiwoz-{record.id}",
         intent="+".join(sorted(record.wants)),
@@ -143,25 +150,31 @@ def _goal(record: Record, case: Case) -> Goal:
 def _case(record: Record, database: Database) -> Case:
     at, order = _domains(record)
     index = {domain: number for number, domain in enumerate(order)}
-    beats = [Beat(one.user, one.strategy, one.system, index[d]) for one, d in zip(record.log, at, strict=True)]
-    tells = [_tells(one, domain, record) for one, domain in zip(record.log, at, strict=True)]
+    failing = frozenset(_failing(record, at, database))
+    tried = {domain: want.tried(domain, failing) for domain, want in record.wants.items()}
+    tells = [_tells(one, domain, record, tried) for one, domain in zip(record.log, at, strict=True)]
     first = {domain: at.index(domain) for domain in order if domain in at}
     for domain, i in first.items():
         tells[i].add(f"{domain}.!")
-    said = [
-        Said(beats[i].user, beats[i - 1].strategy, beats[i - 1].domain, frozenset(tells[i]))
-        for i in range(1, len(beats))
+    beats = [
+        Beat(one.user, one.strategy, one.system, index[d], frozenset(told))
+        for one, d, told in zip(record.log, at, tells, strict=True)
     ]
-    texts = {domain: [one.system for one, d in zip(record.log, at, strict=True) if d == domain] for domain in order}
+    said = [
+        Said(beat.user, last.strategy, last.domain, beat.tells)
+        for last, beat, one in zip(beats, beats[1:], record.log[1:], strict=False)
+        if beat.user and not _mistaken(one, record, tried)
+    ]
+    spoken = {domain: [one for one, d in zip(record.log, at, strict=True) if d == domain] for domain in order}
     return Case(
         domains=tuple(order),
         wants=record.wants,
-        failing=frozenset(_failing(record, at, database)),
+        failing=failing,
         beats=tuple(beats),
-        said=tuple(one for one in said if one.text),
-        told=frozenset(tells[0]),
+        said=tuple(said),
+        told=beats[0].tells,
         opens={domain: record.log[i].user for domain, i in first.items()},
-        spoken={domain: " ".join(parts) for domain, parts in texts.items()},
+        spoken={d: (" ".join(one.user for one in a), " ".join(one.system for one in a)) for d, a in spoken.items()},
         receipts={domain: _receipt(record, at, domain, database) for domain in order},
         last=frozenset(one.user for one in record.log if set(one.user_acts) and _ends(one)),
     )
@@ -177,26 +190,44 @@ def _domains(record: Record) -> tuple[list[str], list[str]]:
     return at, list(dict.fromkeys([*at, *record.wants]))
 
 
-def _tells(one: Exchange, domain: str, record: Record) -> set[str]:
-    """The slots that the user's words tell, by their acts or by the value; wishes for attributes or a booking."""
-    told: set[str] = set()
+def _informs(one: Exchange, record: Record) -> Iterator[tuple[str, str, str]]:
+    """What the user's acts state, in the goal's domains: (domain, slot, value)."""
+    for act, pairs in one.user_acts.items():
+        domain = act.partition("-")[0].lower()
+        if act.endswith("-Inform") and domain in record.wants:
+            for name, *value in pairs:
+                if name in table()["slots"]:
+                    yield domain, table()["slots"][name][0], str(value[0]) if value else ""
+
+
+def _tells(one: Exchange, domain: str, record: Record, tried: Mapping[str, Mapping[str, str]]) -> set[str]:
+    """The slots that the user's words tell, by their acts or by the value; wishes for attributes or a booking.
+
+    A slot of the goal is told by the value that the user tries first, any other slot by any value.
+    """
+    told = {f"{domain}.{slot}" for slot, value in tried[domain].items() if says(one.user, value)}
+    for where, slot, value in _informs(one, record):
+        wanted = tried[where].get(slot)
+        if value not in ANY if wanted is None else same(value, wanted):
+            told.add(f"{where}.{slot}")
     for act, pairs in one.user_acts.items():
         where = act.partition("-")[0].lower()
-        slots = {table()["slots"][pair[0]][0] for pair in pairs if pair and pair[0] in table()["slots"]}
-        if act.endswith("-Inform") and where in record.wants:
-            told |= {f"{where}.{slot}" for slot in slots}
         if act.endswith("-Request") and where in record.wants and any(pair[0] != "Ref" for pair in pairs):
             told.add(f"{where}.?")
-    want = record.wants[domain]
-    values = {**want.book, **want.info}
-    told |= {
-        f"{domain}.{s}"
-        for s, value in values.items()
-        if len(value) > 2 and (mentions(one.user, value) or plain(value) in plain(one.user))
-    }
-    if want.book and ("book" in one.user or "reserv" in one.user or any(f"{domain}.{s}" in told for s in want.book)):
+    book = record.wants[domain].book
+    if book and ("book" in one.user or "reserv" in one.user or any(f"{domain}.{slot}" in told for slot in book)):
         told.add(f"{domain}.book")
     return told
+
+
+def _mistaken(one: Exchange, record: Record, tried: Mapping[str, Mapping[str, str]]) -> bool:
+    """Whether the user's words state a value for a slot of the goal that the goal does not have there."""
+    for domain, slot, value in _informs(one, record):
+        known = [v[slot] for v in (tried[domain], record.wants[domain].final) if slot in v]
+        right = any(same(value, v) or says(one.user, v) for v in known)
+        if known and not right and value not in ANY and value != "hotel":  # "a hotel" may be a guesthouse
+            return True
+    return False
 
 
 def _ends(one: Exchange) -> bool:
@@ -204,12 +235,14 @@ def _ends(one: Exchange) -> bool:
 
 
 def _failing(record: Record, at: Sequence[str], database: Database) -> list[str]:
-    """The first attempts that the human system turned down, and for a search the database does too."""
+    """The first attempts that the human system turned down or, for a search, the user asked for; see the module."""
     failing = []
+    asked = [(domain, slot, plain(value)) for one in record.log for domain, slot, value in _informs(one, record)]
     for domain, want in record.wants.items():
         done = {one.strategy for one, d in zip(record.log, at, strict=True) if d == domain}
-        tried = {**want.info, **want.fail_info}
-        if want.fail_info and "no_offer" in done and domain != "taxi" and not query(database[domain], tried):
+        tried = {slot: value for slot, value in want.fail_info.items() if not same(value, want.info.get(slot, ""))}
+        played = "no_offer" in done or any((domain, slot, plain(value)) in asked for slot, value in tried.items())
+        if tried and played and domain != "taxi" and not query(database[domain], {**want.info, **tried}):
             failing.append(f"info:{domain}")
         if want.fail_book and want.book and "no_book" in done:
             failing.append(f"book:{domain}")

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from openrlhf_gopo.envs.reading import CLEAR, mentions
+
+ANY = ("dontcare", "dont care", "do n't care", "none", "")  # values by which any will do
 Row = Mapping[str, Any]
 # Spellings of goals and dialogues for what the database has.
 SAME = {
@@ -28,7 +31,7 @@ def query(rows: Iterable[Row], constraints: Mapping[str, str]) -> list[Row]:
 
 
 def _fits(row: Row, slot: str, value: str) -> bool:
-    if slot not in row or value in ("dontcare", "dont care", "do n't care", ""):
+    if slot not in row or value in ANY:
         return True
     if slot in ("leaveAt", "arriveBy"):
         at, limit = _minutes(str(row[slot])), _minutes(value)
@@ -53,12 +56,31 @@ def _minutes(time: str) -> int | None:
     return int(found[1]) * 60 + int(found[2]) if found else None
 
 
+def same(value: str, wanted: str) -> bool:
+    """Whether an act's ``value`` is the ``wanted`` one; who does not care for parking needs none."""
+    return plain(value) == plain(wanted) or (wanted == "no" and value in ANY)
+
+
+def says(text: str, value: str) -> bool:
+    """Whether ``text`` has ``value`` in any spelling, as words or the start of one (cheap in cheaper)."""
+    wanted = plain(value)
+    return len(wanted) > 2 and wanted not in CLEAR and (mentions(text, value) or f" {wanted}" in _respelt(text))
+
+
+@lru_cache(maxsize=65536)
+def _respelt(text: str) -> str:
+    words = f" {plain(text)} "
+    for old, new in SAME.items():
+        words = words.replace(f" {old} ", f" {new} ")
+    return words
+
+
 def named(found: Sequence[Row], said: str) -> list[Row]:
-    """Of the rows ``found``, those that the human named in ``said``."""
-    words = plain(said)
-    return [row for row in found if any(plain(str(row[k])) in words for k in ("name", "trainID") if k in row)]
+    """Of the rows ``found``, those that a human named in ``said``."""
+    words = f" {plain(said)} "
+    return [row for row in found if any(f" {plain(str(row[k]))} " in words for k in ("name", "trainID") if k in row)]
 
 
-def chosen(found: Sequence[Row], said: str) -> Row | None:
-    """Of the rows ``found``, the one that the human named in ``said``, else the first."""
-    return next(iter(named(found, said) or found), None)
+def chosen(found: Sequence[Row], *said: str) -> Row | None:
+    """Of the rows ``found``, the one that the first of the humans named in what they ``said``, else the first."""
+    return next((row for words in said for row in named(found, words)), next(iter(found), None))

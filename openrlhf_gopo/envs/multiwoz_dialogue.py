@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from openrlhf_gopo.envs.multiwoz_db import Row, chosen, query
 from openrlhf_gopo.envs.multiwoz_reader import TITLES, Want, table
 from openrlhf_gopo.envs.multiwoz_sop import ASK, BOOKED, LABELS, MORE, QUESTIONS, SLOTS, brief, shown
-from openrlhf_gopo.envs.reading import mentions
+from openrlhf_gopo.envs.multiwoz_texts import heard, phrase, request
 from openrlhf_gopo.envs.replayed import BYE, ReplayDialogue
 from openrlhf_gopo.rewards.text import mentions as states
 from openrlhf_gopo.sop.rules import Sop
@@ -21,12 +21,13 @@ PRESENT = ("offer", "inform", "book")  # strategies that name one of the databas
 
 @dataclass(frozen=True)
 class Beat:
-    """One system turn of the human dialogue: the domain it is about, and the user's words before it."""
+    """One system turn of the human dialogue: the domain it is about, the user's words before it, what they tell."""
 
     user: str
     strategy: str
     text: str
     domain: int
+    tells: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Case:
 
     ``domains``: in the order the user came to them; ``wants`` by domain. ``failing``: the goal's first attempts that
     came to nothing, as ``info:<domain>`` and ``book:<domain>``. ``opens``: by domain, the words that brought it up.
-    ``spoken``: by domain, all that the human system said. ``receipts``: by domain, what a booking returns.
-    ``last``: the user's words that end a dialogue. Slots are ``<domain>.<slot>``; of these ``!``, ``?`` and
+    ``spoken``: by domain, all that the human user said, and the system. ``receipts``: by domain, what a booking
+    returns. ``last``: the user's words that end a dialogue. Slots are ``<domain>.<slot>``; of these ``!``, ``?`` and
     ``book`` are told when the user brings up the domain, asks for attributes, asks for a booking.
     """
 
@@ -47,7 +48,7 @@ class Case:
     said: tuple[Said, ...]
     told: frozenset[str]
     opens: Mapping[str, str]
-    spoken: Mapping[str, str]
+    spoken: Mapping[str, tuple[str, str]]
     receipts: Mapping[str, Mapping[str, str]]
     last: frozenset[str]
 
@@ -116,13 +117,10 @@ class MultiwozDialogue(ReplayDialogue):
 
     def _play(self, strategy: str) -> tuple[Answer, list[str], list[str]]:
         domain, required, missing = self._domain, strategy in self._required(), self._missing()
-        slot = f"{domain}.{strategy.removeprefix(ASK)}"
-        if strategy.startswith(ASK) and slot not in missing:
-            known = slot in self._told
-            return self._user.complain() if known else self._user.react(strategy, self._index, {}), [], []
-        if strategy.startswith(ASK) or (strategy in PRESENT and missing and not required):
-            slots = [slot] if slot in missing else missing[:1]
-            return self._user.tell(strategy, slots, {name: self._value(name) for name in slots}), [], []
+        if strategy.startswith(ASK):
+            return self._answer(strategy, strategy.removeprefix(ASK)), [], []
+        if strategy in PRESENT and missing and not required:
+            return self._user.tell(strategy, missing[:1], {missing[0]: self._value(missing[0])}), [], []
         events = [f"{strategy}:{domain}"] if required else []
         if required and strategy in ("no_offer", "no_book"):
             return self._ease(strategy), [], events
@@ -132,15 +130,22 @@ class MultiwozDialogue(ReplayDialogue):
             self._rows[domain] = row
         return self._user.own(strategy, self._index) or Answer("", "value"), completed, events
 
+    def _answer(self, strategy: str, name: str) -> Answer:
+        """What the goal says of the slot ``name``, due or not; a complaint about what was told or is out of place."""
+        slot, want = f"{self._domain}.{name}", self._case.wants[self._domain]
+        if slot in self._told or name not in SLOTS[self._domain]:
+            return self._user.complain()
+        if name in want.final:
+            return self._user.tell(strategy, [slot], {slot: self._value(slot)})
+        return self._user.react(strategy, self._index, {})
+
     def _ease(self, strategy: str) -> Answer:
         """The user gives up the attempt that failed, and says what they want instead."""
         part = "info" if strategy == "no_offer" else "book"
-        want = self._case.wants[self._domain]
-        tried, instead = (want.fail_info, want.info) if part == "info" else (want.fail_book, want.book)
         self._eased.add(f"{part}:{self._domain}")
         own = self._user.own(strategy, self._index) or Answer("", "value")
-        new = {slot: value for slot, value in instead.items() if tried.get(slot, value) != value}
-        rest = [f"{LABELS.get(slot, slot)} {value}" for slot, value in new.items() if not mentions(own.text, value)]
+        new = self._case.wants[self._domain].instead(part)
+        rest = [phrase(slot, value) for slot, value in new.items() if not heard(own.text, slot, value)]
         text = " ".join([own.text, *([f"How about {', '.join(rest)}?"] if rest else [])]).strip()
         return Answer(text, own.source, own.tells | {f"{self._domain}.{slot}" for slot in new})
 
@@ -152,11 +157,20 @@ class MultiwozDialogue(ReplayDialogue):
         if answer.text and (last if not self._open() else self._steps() and not last):
             return answer
         # Words that leave the agent without a step, and tell nothing new, are about something else.
-        useful = answer.text and not last and self._new
+        useful = answer.text and not last and any(map(self._matters, self._new))
         wish = self._user.acknowledge() if self._steps() and self._open() else self._wish()
         if not useful:
             return wish
         return Answer(f"{answer.text} {wish.text}", answer.source, answer.tells | wish.tells)
+
+    def _matters(self, slot: str) -> bool:
+        """Whether what the goal still needs takes this ``slot`` or wish that was told."""
+        domain, _, name = slot.partition(".")
+        part = {"?": "request", "book": "book"}.get(name)
+        if part is not None:
+            return f"{part}:{domain}" in self._open()
+        wanted = name == "!" or name in self._case.wants[domain].final
+        return wanted and any(open_.endswith(f":{domain}") for open_ in self._open())
 
     def _wish(self) -> Answer:
         """What the user wants next; to bring up a domain they have words of their own."""
@@ -169,8 +183,7 @@ class MultiwozDialogue(ReplayDialogue):
             text = f"I also need {'an' if domain[0] in 'aeiou' else 'a'} {domain}."
             return Answer(own.text, "own", own.tells | told) if own else Answer(text, "value", told)
         if f"request:{domain}" in self._open():
-            names = " and ".join(LABELS.get(name, name) for name in self._case.wants[domain].reqt)
-            return Answer(f"Could you tell me the {names}?", "value", frozenset({f"{domain}.?"}))
+            return Answer(request(self._case.wants[domain].reqt), "value", frozenset({f"{domain}.?"}))
         return Answer("Please book it for me.", "value", frozenset({f"{domain}.book"}))
 
     # -- what holds now --------------------------------------------------------------------------------------------
@@ -196,7 +209,8 @@ class MultiwozDialogue(ReplayDialogue):
         return {**base, **tried} if self._fails(part) else dict(base)
 
     def _value(self, slot: str) -> str:
-        return {**self._wanted("book"), **self._wanted("info")}[slot.partition(".")[2]]
+        left = self._case.failing - self._eased
+        return self._case.wants[self._domain].tried(self._domain, left)[slot.partition(".")[2]]
 
     def _missing(self) -> list[str]:
         """The slots that the next step needs and the user has not told: the constraints, then the booking's."""
@@ -216,7 +230,7 @@ class MultiwozDialogue(ReplayDialogue):
 
     def _row(self) -> Row | None:
         """The one presented, else the one to present."""
-        return self._rows.get(self._domain) or chosen(self._found(), self._case.spoken.get(self._domain, ""))
+        return self._rows.get(self._domain) or chosen(self._found(), *self._case.spoken[self._domain])
 
     def _values(self, strategy: str) -> dict[str, str]:
         """What ``strategy`` tells now, by name."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -43,6 +43,21 @@ class Want:
     book: Mapping[str, str]
     fail_info: Mapping[str, str]
     fail_book: Mapping[str, str]
+
+    @property
+    def final(self) -> dict[str, str]:
+        """What it comes to once what fails was given up."""
+        return {**self.book, **self.info}
+
+    def instead(self, part: str) -> dict[str, str]:
+        """What the user wants after the failure of the search (``part`` "info") or of the booking ("book")."""
+        first, then = (self.fail_info, self.info) if part == "info" else (self.fail_book, self.book)
+        return {slot: value for slot, value in then.items() if first.get(slot, value) != value}
+
+    def tried(self, domain: str, failing: Collection[str]) -> dict[str, str]:
+        """What the user tries while ``failing`` (``info:<domain>``, ``book:<domain>``) was not given up."""
+        book = self.fail_book if f"book:{domain}" in failing else {}
+        return {**self.book, **book, **self.info, **(self.fail_info if f"info:{domain}" in failing else {})}
 
 
 @dataclass(frozen=True)

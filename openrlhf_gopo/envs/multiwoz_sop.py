@@ -27,7 +27,7 @@ SLOTS = {  # what there is to ask for, by domain
 BOOKED = {"restaurant": ("day", "people", "time"), "hotel": ("day", "people", "stay"), "train": ("people",), "taxi": ()}
 NAMES = {slot: name for slot, name, _ in table()["slots"].values()}  # slot -> its name in a sentence
 QUESTIONS = {slot: question for slot, _, question in table()["slots"].values()}
-LABELS = {**NAMES, "trainID": "train ID"}  # the same, with fields of the database
+LABELS = {**NAMES, "trainID": "train ID", "phone": "phone number"}  # the same, with fields of the database
 HIDDEN = ("location", "id", "introduction", "openhours", "signature", "takesbookings")  # fields nobody asks for
 
 

@@ -50,10 +50,9 @@ class _Judge:
 
     def steps(self) -> Iterator[Step]:
         """One step per turn of the agent."""
-        beats, tells = self._case.beats, iter(self._case.said)
+        beats = self._case.beats
         for index, beat in enumerate(beats):
-            if index and beat.user:
-                self._told |= next(tells).tells
+            self._told |= beat.tells
             domain = self._case.domains[beat.domain]
             found = self._found(domain)
             self._said[domain] = f"{self._said.get(domain, '')} {beat.text}"
@@ -63,9 +62,15 @@ class _Judge:
             reached = self._reached(beat, domain)
             self._left.difference_update(reached)
             if beat.strategy in REFUSALS:
-                self._failing.discard(f"{REFUSALS[beat.strategy]}:{domain}")
+                self._give_up(REFUSALS[beat.strategy], domain)
             answered = index + 1 < len(beats) and bool(beats[index + 1].user)
             yield Step(beat.user, beat.strategy, beat.text, briefing, reached, required, answered)
+
+    def _give_up(self, part: str, domain: str) -> None:
+        """What the user wanted first they want no more: as in the environment, they tell what they want instead."""
+        if f"{part}:{domain}" in self._failing:
+            self._failing.remove(f"{part}:{domain}")
+            self._told |= {f"{domain}.{slot}" for slot in self._case.wants[domain].instead(part)}
 
     def _known(self, domain: str) -> dict[str, str]:
         """The constraints told so far, as the user wants them now."""
@@ -80,7 +85,7 @@ class _Judge:
         """As the environment's, about the row that the human presented."""
         if not beat.strategy:
             return ""
-        row = self._rows.get(domain) or chosen(found, self._case.spoken[domain])
+        row = self._rows.get(domain) or chosen(found, *self._case.spoken[domain])
         return brief(beat.strategy, domain, self._known(domain), len(found), row, self._case.receipts[domain])
 
     def _reached(self, beat: Beat, domain: str) -> list[str]:
