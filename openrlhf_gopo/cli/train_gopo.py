@@ -26,6 +26,7 @@ from openrlhf_gopo.config import (
 )
 from openrlhf_gopo.errors import ConfigError, GopoError
 from openrlhf_gopo.flag import add_flags
+from openrlhf_gopo.platform import forks
 from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
 
 SECTIONS = {
@@ -186,6 +187,8 @@ def _run(args: SimpleNamespace, config: GopoConfig) -> None:
     started = time.time()
     if config.dry_run:  # for GPUs, on a machine without one, where activate() did nothing
         hide_what_cuda_builds_break()
+    else:
+        forks.start()  # beside the imports of this process
     from openrlhf_gopo.runtime import checks
 
     checks.check_flags(args, config)

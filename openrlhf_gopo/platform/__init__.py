@@ -12,7 +12,18 @@ from __future__ import annotations
 
 import os
 
-from openrlhf_gopo.platform import children, cuda, deepspeed, dtype, environment, flash_attn, imports, media, weights
+from openrlhf_gopo.platform import (
+    children,
+    cuda,
+    deepspeed,
+    dtype,
+    environment,
+    flash_attn,
+    forks,
+    imports,
+    media,
+    weights,
+)
 from openrlhf_gopo.platform.children import end_spawned_with_this_process
 from openrlhf_gopo.platform.environment import SWITCH, is_cpu, one_process
 from openrlhf_gopo.platform.flags import FLAG_DEFAULTS, adapt_flags, check_flags
@@ -69,7 +80,9 @@ def ray_runtime_env() -> dict:
     """What ``ray.init(runtime_env=...)`` needs so that every worker process activates itself; ``{}`` with a GPU."""
     if not is_cpu():
         return {}
+    forks.start()
     return {
-        "env_vars": environment.current(),
+        "env_vars": environment.current() | {forks.SOCKET: os.environ[forks.SOCKET]},
+        "py_executable": forks.COMMAND,
         "worker_process_setup_hook": "openrlhf_gopo.platform.activate",
     }

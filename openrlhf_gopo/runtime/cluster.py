@@ -9,6 +9,9 @@ import ray
 
 from openrlhf_gopo import platform
 
+# What upstream gives every worker, unless the user has set it.
+UPSTREAM = {"TOKENIZERS_PARALLELISM": "true", "NCCL_DEBUG": "WARN", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
+
 
 def init_ray(gpus: int, worker_logs: bool = False) -> None:
     """Connect to the running cluster or start a local one, with upstream's environment variables.
@@ -17,14 +20,7 @@ def init_ray(gpus: int, worker_logs: bool = False) -> None:
     """
     if ray.is_initialized():
         return
-    env_vars = {
-        name: os.environ.get(name, value)
-        for name, value in (
-            ("TOKENIZERS_PARALLELISM", "true"),
-            ("NCCL_DEBUG", "WARN"),
-            ("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1"),
-        )
-    }
+    env_vars = {name: os.environ.get(name, value) for name, value in UPSTREAM.items()}
     runtime_env: dict[str, Any] = {"env_vars": env_vars}
     if not platform.is_cpu():
         ray.init(runtime_env=runtime_env, log_to_driver=worker_logs)

@@ -1,0 +1,135 @@
+"""Workers as forks of a process that has imported the stack: real processes, with a small module for the stack."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from openrlhf_gopo.platform import forks
+from openrlhf_gopo.platform.environment import SWITCH
+
+SCRIPT = """\
+import json, os, sys
+print(json.dumps({
+    "argv": sys.argv, "pid": os.getpid(), "parent": os.getppid(), "here": os.getcwd(), "name": __name__,
+    "loaded": "stack" in sys.modules, "variable": os.environ.get("GIVEN"), "niceness": os.nice(0),
+}), flush=True)
+if sys.argv[1:] == ["wait"]:
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """A process that has started the one that forks, which imports ``stack``; it tells where that one listens."""
+    (tmp_path / "stack.py").write_text("import time\ntime.sleep(0.5)\n")
+    (tmp_path / "threads.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+    )
+    (tmp_path / "script.py").write_text(SCRIPT)
+    yield from _driver(tmp_path, "stack")
+
+
+@pytest.fixture
+def driver_with_threads(tmp_path: Path, driver: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    yield from _driver(tmp_path, "threads")
+
+
+def _driver(folder: Path, module: str) -> Iterator[subprocess.Popen]:
+    code = (
+        "import os, sys\n"
+        "from openrlhf_gopo.platform import forks\n"
+        f"forks.start([{module!r}])\n"
+        "print(os.environ[forks.SOCKET], flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != forks.SOCKET} | {SWITCH: "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=env, **pipes)
+    process.socket = process.stdout.readline().strip()
+    yield process
+    process.kill()
+    process.wait()
+
+
+def worker(driver: subprocess.Popen, folder: Path, *argv: str) -> subprocess.Popen:
+    """What Ray runs in place of ``python script.py ARGV``."""
+    command = ["nice", "-n", "3", *shlex.split(forks.COMMAND), str(folder / "script.py"), *argv]
+    env = os.environ | {forks.SOCKET: driver.socket, "GIVEN": "x"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=env, **pipes)
+
+
+def test_a_worker_is_a_fork_with_its_own_arguments_environment_and_streams(
+    driver: subprocess.Popen, tmp_path: Path
+) -> None:
+    (server,) = wait_for(lambda: psutil.Process(driver.pid).children())
+    first, second = worker(driver, tmp_path, "wait"), worker(driver, tmp_path, "a b", "c")
+    told = [json.loads(process.stdout.readline()) for process in (first, second)]
+    assert [one["argv"][1:] for one in told] == [["wait"], ["a b", "c"]]
+    for one, process in zip(told, (first, second), strict=True):
+        assert (one["parent"], one["loaded"], one["name"]) == (server.pid, True, "__main__")
+        assert (one["variable"], one["here"]) == ("x", str(tmp_path))
+        assert one["niceness"] == os.nice(0) + 3
+        assert one["pid"] not in (process.pid, server.pid)
+    assert second.wait(10) == 0  # it was done
+    assert first.poll() is None
+    os.kill(told[0]["pid"], signal.SIGKILL)
+    assert first.wait(10) == 0
+
+
+def test_without_a_process_that_forks_the_script_runs_all_the_same(driver: subprocess.Popen, tmp_path: Path) -> None:
+    (server,) = wait_for(lambda: psutil.Process(driver.pid).children())
+    driver.kill()
+    driver.wait()
+    psutil.wait_procs([server], timeout=10)
+    assert not server.is_running()  # it ends with the driver
+    process = worker(driver, tmp_path)
+    told = json.loads(process.communicate(timeout=10)[0])
+    assert (told["pid"], told["loaded"], told["name"]) == (process.pid, False, "__main__")
+    assert process.returncode == 0
+
+
+def test_nothing_forks_from_a_process_with_threads(driver_with_threads: subprocess.Popen, tmp_path: Path) -> None:
+    process = worker(driver_with_threads, tmp_path)
+    told = json.loads(process.communicate(timeout=10)[0])
+    assert told["pid"] == process.pid
+
+
+def test_with_a_gpu_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "0")
+    monkeypatch.delenv(forks.SOCKET, raising=False)
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("started"))
+    forks.start()
+    assert forks.SOCKET not in os.environ
+
+
+def test_the_stack_is_imported_without_threads_and_without_ray() -> None:
+    """What a fork cannot have; OPENBLAS_NUM_THREADS as ``start`` sets it."""
+    code = (
+        "import importlib, os, sys\n"
+        "from openrlhf_gopo import platform\n"
+        "platform.activate()\n"
+        f"for name in {forks.IMPORTED!r}: importlib.import_module(name)\n"
+        "print(len(os.listdir('/proc/self/task')), 'ray' in sys.modules)\n"
+    )
+    env = os.environ | {"OPENBLAS_NUM_THREADS": "1", SWITCH: "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=env)
+    assert done.stdout.splitlines()[-1:] == ["1 False"], done.stdout + done.stderr
+
+
+def wait_for(found, seconds: float = 10.0):
+    end = time.monotonic() + seconds
+    while not (answer := found()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return answer
