@@ -80,9 +80,8 @@ def ray_runtime_env() -> dict:
     """What ``ray.init(runtime_env=...)`` needs so that every worker process activates itself; ``{}`` with a GPU."""
     if not is_cpu():
         return {}
-    forks.start()
     return {
-        "env_vars": environment.current() | {forks.SOCKET: os.environ[forks.SOCKET]},
+        "env_vars": environment.current(),
         "py_executable": forks.COMMAND,
         "worker_process_setup_hook": "openrlhf_gopo.platform.activate",
     }

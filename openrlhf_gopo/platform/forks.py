@@ -42,8 +42,10 @@ def start(imported: Sequence[str] = IMPORTED) -> None:
         return
     folder = tempfile.mkdtemp(prefix="openrlhf-gopo-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # or numpy's OpenBLAS starts threads when it is imported
-    os.environ[SOCKET] = str(Path(folder) / "socket")
+    path = str(Path(folder) / "socket")
+    # OpenBLAS: or it starts threads when numpy is imported. SOCKET first: see _become.
+    env = {SOCKET: path, **os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    os.environ[SOCKET] = path
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         listening.bind(os.environ[SOCKET])
         listening.listen(64)  # who asks during the imports waits for them
@@ -91,8 +93,7 @@ def _run(connection: socket.socket) -> None:
         os.dup2(stream, number)
         os.close(stream)
     job = json.loads(asked)
-    os.environ.clear()
-    os.environ.update(job["environment"])
+    _become(job["environment"])
     os.chdir(job["folder"])
     os.setpriority(os.PRIO_PROCESS, 0, job["niceness"])
     if "numpy" in sys.modules:  # its global generator was seeded before the fork, unlike Python's own
@@ -100,6 +101,16 @@ def _run(connection: socket.socket) -> None:
     sys.argv = job["argv"]
     connection.send(STARTED)
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _become(environment: dict[str, str]) -> None:
+    """Take over ``environment``, and leave alone what does not differ: Ray writes its processes' titles over their
+    arguments, which it finds in memory before the first variable, as that was when the process began."""
+    for name in os.environ.keys() - environment:
+        del os.environ[name]
+    for name, value in environment.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
 
 
 def main(argv: list[str]) -> None:

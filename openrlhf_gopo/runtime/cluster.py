@@ -25,6 +25,7 @@ def init_ray(gpus: int, worker_logs: bool = False) -> None:
     if not platform.is_cpu():
         ray.init(runtime_env=runtime_env, log_to_driver=worker_logs)
         return
+    platform.forks.start()  # workers inherit this process's environment, where it tells how to reach them
     cpu = platform.ray_runtime_env()
     cpu["env_vars"] = {**env_vars, **cpu["env_vars"]}
     ray.init(

@@ -25,6 +25,9 @@ print(json.dumps({
     "loaded": "stack" in sys.modules, "variable": os.environ.get("GIVEN"), "niceness": os.nice(0),
 }), flush=True)
 if sys.argv[1:] == ["wait"]:
+    import setproctitle
+    setproctitle.setproctitle("ray::" + "a_long_title_" * 5)
+    print("titled", flush=True)
     sys.stdin.read()
 """
 
@@ -83,6 +86,8 @@ def test_a_worker_is_a_fork_with_its_own_arguments_environment_and_streams(
         assert one["niceness"] == os.nice(0) + 3
         assert one["pid"] not in (process.pid, server.pid)
     assert second.wait(10) == 0  # it was done
+    assert first.stdout.readline() == "titled\n"
+    assert psutil.Process(told[0]["pid"]).cmdline()[0].startswith("ray::a_long_title_a_long")
     assert first.poll() is None
     os.kill(told[0]["pid"], signal.SIGKILL)
     assert first.wait(10) == 0
