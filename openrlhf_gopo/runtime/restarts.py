@@ -22,7 +22,7 @@ from openrlhf.utils.logging_utils import init_logger
 from ray.exceptions import ActorUnavailableError, RayError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from openrlhf_gopo.platform import end_spawned_with_this_process
+from openrlhf_gopo.platform import end_spawned_with_this_process, is_cpu
 from openrlhf_gopo.runtime.roles import Role
 
 POLL = 1.0  # seconds
@@ -38,7 +38,11 @@ class _RolloutActor(RolloutRayActor.__ray_metadata__.modified_class):
 
     async def __init__(self, *args: Any, **kwargs: Any) -> None:
         end_spawned_with_this_process()
-        await super().__init__(*args, **kwargs | {"dtype": self.dtype})
+        kwargs["dtype"] = self.dtype
+        if kwargs.get("full_determinism") and is_cpu():
+            # Upstream asks vLLM for batch invariance, which its CPU kernels lack: sums hang on who else is in a batch.
+            kwargs["max_num_seqs"] = 1
+        await super().__init__(*args, **kwargs)
         self._current = asyncio.Event()
         if not ray.get_runtime_context().was_current_actor_reconstructed:
             self._current.set()

@@ -25,8 +25,6 @@ FLAGS = {
     "--train.num_episodes": 2,
     "--data.max_samples": STEPS,  # of two goals each, twice
     "--data.max_len": 1024,
-    # In float32 an engine's last digits hang on how many dialogues it has at once, and so on the clock.
-    "--ds.param_dtype": "bf16",
     "--gopo.reply_max_tokens": 8,
     "--gopo.max_turns": 3,
     "--gopo.expert_reward": "tse=1,esndcg=1",
