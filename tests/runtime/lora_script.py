@@ -30,6 +30,7 @@ from openrlhf_gopo.runtime.models import RoleActor, RolePPOTrainer, substituted 
 
 def main(model: str, folder: str, stage: str) -> None:
     flags = {
+        "--ds.param_dtype": "bf16",  # on every machine
         "--gopo.env": "shop",
         "--actor.model_name_or_path": model,
         "--actor.adam.lr": "5e-2",

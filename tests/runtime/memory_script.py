@@ -33,7 +33,7 @@ def resident() -> int:
 def main(folder: str, stage: str, rank: str) -> None:
     flags = ["--gopo.env", "shop", "--actor.model_name_or_path", folder, "--algo.advantage.estimator", "group_norm"]
     flags += ["--ds.zero_stage", stage, "--ds.lora.rank", rank, "--train.batch_size", "1"]
-    flags += ["--rollout.n_samples_per_prompt", "2", "--train.micro_batch_size", "1"]
+    flags += ["--rollout.n_samples_per_prompt", "2", "--train.micro_batch_size", "1", "--ds.param_dtype", "bf16"]
     args, config = train_gopo.parse(flags)
     strategy = get_strategy(role_args(args, EXPERT, config))
     torch.ones(4, 4).bfloat16().matmul(torch.ones(4, 4).bfloat16())  # the libraries' own first buffers
