@@ -24,7 +24,10 @@ def study():
 
 @pytest.fixture
 def args(tmp_path):
-    return Namespace(models=tmp_path / "models", out=tmp_path / "out", seeds=[0, 1], updates=16, goals=6)
+    out = tmp_path / "out"
+    return Namespace(
+        out=out, record=out / "study.json", seeds=[0, 1], variants=["GOPO"], updates=16, goals=6, jobs=2, search=False
+    )
 
 
 @pytest.mark.stack
@@ -33,11 +36,12 @@ def test_every_variant_is_a_run_that_the_checks_accept(study, args):
     from openrlhf_gopo.cli import train_gopo
     from openrlhf_gopo.runtime import checks
 
+    models = args.out / "seed3" / "models"
     for model in ("warm_responder", "warm_expert"):
-        (args.models / model).mkdir(parents=True)
+        (models / model).mkdir(parents=True)
     for variant in study.VARIANTS:
         for rates in (study.rates_of(variant), *study.GRID[1 if "single level" in variant else 2]):
-            flags = study.command(variant, rates, 3, args.out / "run", args)
+            flags = study.command(variant, rates, 3, models, args.out / "run", args)
             assert flags[1:3] == ["-m", "openrlhf.cli.train_gopo"]
             parsed, config = train_gopo.parse(flags[3:])
             checks.check_flags(parsed, config)
@@ -46,12 +50,17 @@ def test_every_variant_is_a_run_that_the_checks_accept(study, args):
             assert parsed.train.seed == 3
 
 
-def test_the_table_says_what_the_runs_did(study, args, capsys):
-    """Two seeds of one policy, from a script that chooses at random to one that chooses well."""
+@pytest.fixture
+def finished(study, args):
+    """What two seeds of GOPO leave, from a script that chooses at random to one that chooses well; the gains."""
     env = load_environment("shop")
     goals, gains = env.goals("heldout")[: args.goals], []
     for seed in args.seeds:
-        out = study.folder(args, "GOPO", seed, study.rates_of("GOPO"))
+        models = args.out / f"seed{seed}" / "models"
+        (models / "warm_single").mkdir(parents=True)
+        for marker in (models / "warmed", models / "warm_single" / "config.json"):
+            marker.write_text("")
+        out = models.parent / f"gopo_lr3e-4_1e-4_seed{seed}"
         (out / "results" / "eval").mkdir(parents=True)
         means = []
         for step, skill in ((0, 0.0), (16, 1.0)):
@@ -61,29 +70,65 @@ def test_the_table_says_what_the_runs_did(study, args, capsys):
             means.append(sum(t.rewards["tse"] for t in played) / len(played))
         study.done(out).write_text("")
         gains.append(means[1] - means[0])
-    study.write(args)
-    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| GOPO |"))
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[1] == "2"
+    return gains
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_table_says_what_the_runs_did(study, args, finished):
+    study.study(args)
+    row = args.record.with_suffix(".md").read_text().splitlines()[5]
+    cells = cells_of(row)
+    assert cells[:2] == ["GOPO", "2"]
     assert "nan" not in row
-    assert cells[4].startswith(f"{sum(gains) / 2:+.1f} [")
-    assert cells[5] == ", ".join(f"{gain:+.1f}" for gain in gains)
-    assert (args.out / "study.png").stat().st_size > 10_000
-    assert (args.out / "study.md").read_text().splitlines()[5] == row
+    assert cells[4].startswith(f"{sum(finished) / 2:+.1f} [")
+    assert cells[5] == ", ".join(f"{gain:+.1f}" for gain in finished)
+    assert cells[6] == ""
+    assert args.record.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_what_the_record_holds_is_not_run_again(study, args, finished, monkeypatch):
+    study.study(args)
+    monkeypatch.setattr(study, "run", lambda name, *rest, **environment: pytest.fail(f"{name} was started"))
+    before = args.record.read_text()
+    study.study(args)
+    assert args.record.read_text() == before
+
+
+def test_rows_are_compared_with_gopo_seed_by_seed(study, args):
+    def row(variant, seed, after):
+        means = {"esndcg": 0.5, "gre": 0.9, "tse_before": 30.0}
+        return {"variant": variant, "seed": seed, "tse": after, **means}
+
+    gopo, grpo = (40.0, 46.0, 50.0), (38.0, 47.0, 46.0)  # minus GOPO's: -2, +1, -4
+    rows = [row("GOPO", seed, after) for seed, after in enumerate(gopo)]
+    rows += [row("GRPO, single level", seed, after) for seed, after in reversed(list(enumerate(grpo)))]
+    study.write(args, [*rows, row("GRPO, single level", 9, 99.0)])  # a seed that GOPO lacks has no part in it
+    first, second = args.record.with_suffix(".md").read_text().splitlines()[5:7]
+    assert cells_of(first)[:2] == ["GRPO, single level", "4"]
+    assert cells_of(first)[5] == "+8.0, +17.0, +16.0, +69.0"
+    # mean -5/3, s = 2.517, half width 4.303 * 2.517 / sqrt(3) = 6.25
+    assert cells_of(first)[6] == "-1.7 [-7.9, +4.6]"
+    assert cells_of(second)[6] == ""
+
+
+def test_a_record_of_other_sizes_is_not_added_to(study, args, finished):
+    study.study(args)
+    args.goals = 7
+    with pytest.raises(SystemExit, match="made with --goals 6, not 7"):
+        study.study(args)
+
+
+def test_a_run_that_fails_names_its_log(study, tmp_path):
+    out = tmp_path / "runs" / "one"
+    with pytest.raises(SystemExit, match=r"one run: failed with status 3; see .*one.log"):
+        study.run("one run", ["bash", "-c", "echo why; exit 3"], out, out / "done")
+    assert out.with_name("one.log").read_text() == "why\n"
 
 
 def test_an_interval_over_seeds(study):
     # mean 3, s = 1, t(0.975; 2) = 4.303, half width 4.303 / sqrt(3) = 2.484
     mean, low, high = study.interval([2.0, 3.0, 4.0])
     assert (mean, low, high) == pytest.approx((3.0, 3.0 - 2.484, 3.0 + 2.484), abs=1e-3)
-
-
-def test_a_study_without_runs_is_a_short_error(study, args):
-    args.out.mkdir()
-    with pytest.raises(SystemExit, match="no finished run there"):
-        study.write(args)
-
-
-def test_models_that_are_not_there_are_named(study, args):
-    with pytest.raises(SystemExit, match=r"no single_level.jsonl there; run examples/quickstart/run.sh with OUT="):
-        study.warm_single(args)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a trained two-level policy on a laptop without a GPU: installs, builds a small model, warm-starts it on
 # imperfect demonstrations with OpenRLHF's train_sft, trains GOPO on `shop`, and evaluates held-out goals before and after.
-# Settings, as environment variables: OUT (results), VENV, SEED, STEPS (GOPO updates).
+# Settings, as environment variables: OUT (results), VENV, SEED, STEPS (GOPO updates; 0: the warm start alone).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 OUT=${OUT:-runs/quickstart}
@@ -43,15 +43,17 @@ logged demonstrations "$VENV/bin/python" -m openrlhf_gopo.cli.export_sft --env s
 say "3/5 warm start of the expert on its choices and, beside it, of the responder on single replies
         (OpenRLHF's train_sft; progress in $OUT/warm_*.log)"
 warm_start warm_expert "$OUT/untrained" "$OUT/demos/expert.jsonl" \
-    --train.batch_size 8 --train.micro_batch_size 8 --adam.lr 1e-3 &
+    --train.batch_size 8 --train.micro_batch_size 2 --adam.lr 1e-3 &
 expert=$!
 warm_start warm_replies "$OUT/untrained" "$OUT/demos/replies.jsonl" \
     --train.batch_size 16 --train.micro_batch_size 16 --adam.lr 2e-3
 
 say "4/5 warm start of the responder on whole dialogues"
 warm_start warm_responder "$OUT/warm_replies" "$OUT/demos/responder.jsonl" \
-    --train.batch_size 8 --train.micro_batch_size 8 --adam.lr 1e-3 --data.max_samples 1000
+    --train.batch_size 8 --train.micro_batch_size 2 --adam.lr 1e-3 --data.max_samples 1000
 wait "$expert"
+touch "$OUT/warmed"
+if [[ "$STEPS" == 0 ]]; then exit 0; fi
 
 say "5/5 GOPO: expert and responder learn from $STEPS x 64 dialogues"
 "$VENV/bin/python" -m openrlhf.cli.train_gopo \
@@ -69,9 +71,9 @@ say "5/5 GOPO: expert and responder learn from $STEPS x 64 dialogues"
     --algo.advantage.estimator group_norm \
     --rollout.batch_size 8 \
     --rollout.n_samples_per_prompt 8 \
-    --rollout.micro_batch_size 8 \
+    --rollout.micro_batch_size 2 \
     --train.batch_size 32 \
-    --train.micro_batch_size 8 \
+    --train.micro_batch_size 2 \
     --train.seed "$SEED" \
     --data.max_samples $((8 * STEPS)) \
     --data.max_len 1280 \

@@ -1,14 +1,17 @@
 """What each part of GOPO is worth on ``shop``: baselines and ablations, several seeds, equal numbers of dialogues.
 
     pip install scipy
-    python examples/shop_cpu/study.py --models runs/quickstart --out runs/study [--seeds 0 1 2 3 4] [--search]
+    python examples/shop_cpu/study.py --out runs/study [--seeds 0 1 2 3 4] [--jobs 2] [--search]
 
-Every run starts from the models that examples/quickstart made and sees ``--updates`` x 64 dialogues; single-level
-runs start from a model that is warm-started here on the same demonstrations. Runs that are there already are not
-repeated, so the study can be stopped and go on. It writes study.json, study.md and study.png beside the runs.
+A seed is a block: examples/quickstart warm-starts a pair with it, a single-level model is warm-started on the same
+demonstrations, and every row of ``VARIANTS`` trains from there on ``--updates`` x 64 dialogues with that seed.
 
-``--search`` tunes the learning rate of every method on a seed of its own (``TUNING_SEED``): each gets as many tries,
-and the rate with the highest joint return over the last quarter of its updates wins. ``RATES`` holds what it found.
+What finished goes into ``--record``, a JSON file, and beside it a table and a plot; what it holds is not run again.
+So a study can be stopped, go on, and be carried to another machine, seed by seed.
+
+``--search`` tunes the learning rate of every method from the first seed's models, with a training seed of its own
+(``TUNING_SEED``): each gets as many tries, and the rate with the highest joint return over the last quarter of its
+updates wins. ``RATES`` holds what it found.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -28,12 +33,15 @@ from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.evaluation.records import read_trajectories
 from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play
 from openrlhf_gopo.evaluation.summary import summarise
+from openrlhf_gopo.platform.dtype import fastest
 
+ROOT = Path(__file__).parents[2]
 GROUP = ("--algo.advantage.estimator", "group_norm")
 TWO = ("--gopo.expert_reward", "tse=1,esndcg=1", "--gopo.responder_reward", "tse=0.5,gre=1", *GROUP)
 ONE = ("--gopo.policy", "single_level", "--gopo.responder_reward", "tse=1,esndcg=1,gre=0.5")  # all that the two see
 TURNS = ("--gopo.expert_pg_coef", "1")  # returns to go against the group, beside the preference loss
 CRITIC = (*TURNS, "--gopo.expert_pg", "gae")
+FOUR_STEPS = ("--train.batch_size", "16")  # optimizer steps per rollout; the others take two
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "PPO, single level": (*ONE, "--algo.advantage.estimator", "gae", "--critic.adam.lr", "1e-3"),
@@ -44,7 +52,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "GOPO, critic alone": (*TWO, *CRITIC, "--gopo.pref.coef", "0"),
     "GOPO, frozen expert": (*TWO, *TURNS, "--gopo.schedule", "responder"),
     "GOPO, frozen responder": (*TWO, *TURNS, "--gopo.schedule", "expert"),
+    "preference alone, 4 steps": (*TWO, *FOUR_STEPS),
+    "preference alone, 4 steps, exact": (*TWO, *FOUR_STEPS, "--gopo.pref.trust_region", "exact"),
 }
+Row = dict[str, Any]
 # Learning rates: of the one model, or of expert and responder.
 RATES: dict[str, tuple[str, ...]] = {"PPO, single level": ("1e-4",), "GRPO, single level": ("1e-4",)}
 TWO_LEVEL_RATES = ("3e-4", "1e-4")
@@ -57,24 +68,26 @@ def rates_of(variant: str) -> tuple[str, ...]:
     return RATES.get(variant, TWO_LEVEL_RATES)
 
 
-def command(variant: str, rates: Sequence[str], seed: int, out: Path, args: argparse.Namespace) -> list[str]:
+def command(
+    variant: str, rates: Sequence[str], seed: int, models: Path, out: Path, args: argparse.Namespace
+) -> list[str]:
     """The training command of one run."""
     single = "single level" in variant
-    models = {"--actor.model_name_or_path": args.out / "warm_single" if single else args.models / "warm_responder"}
+    roles = {"--actor.model_name_or_path": models / ("warm_single" if single else "warm_responder")}
     if not single:
-        models["--expert.model_name_or_path"] = args.models / "warm_expert"
+        roles["--expert.model_name_or_path"] = models / "warm_expert"
     learning = {"--actor.adam.lr": rates[-1]} | ({} if single else {"--expert.adam.lr": rates[0]})
     flags = {
         "--gopo.env": "shop",
-        **models,
+        **roles,
         **learning,
         "--actor.lr_warmup_ratio": 0,
         "--gopo.reply_max_tokens": 32,
         "--rollout.batch_size": 8,
         "--rollout.n_samples_per_prompt": 8,
-        "--rollout.micro_batch_size": 8,
+        "--rollout.micro_batch_size": 2,
         "--train.batch_size": 32,
-        "--train.micro_batch_size": 8,
+        "--train.micro_batch_size": 2,
         "--train.seed": seed,
         "--data.max_samples": 8 * args.updates,
         "--data.max_len": 1536,
@@ -90,53 +103,52 @@ def command(variant: str, rates: Sequence[str], seed: int, out: Path, args: argp
     return [sys.executable, "-m", "openrlhf.cli.train_gopo", *pairs, *switches, *VARIANTS[variant]]
 
 
-def run(name: str, arguments: list[str], out: Path, done: Path) -> None:
-    """Run a command unless ``done`` exists; its output goes to ``out``.log."""
+def run(name: str, arguments: Sequence[str | Path], out: Path, done: Path, **environment: str) -> None:
+    """Run a command unless ``done``, which it writes last, exists; its output goes to ``out``.log."""
     if done.exists():
         return
     print(f"{name} ...", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    quiet = os.environ | {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = os.environ | {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"} | environment
     with out.with_name(out.name + ".log").open("w") as log:
         code = subprocess.run(arguments, stdout=log, stderr=subprocess.STDOUT, env=quiet).returncode
     if code:
-        sys.exit(f"{name}: failed with status {code}; see {log.name}")
+        raise SystemExit(f"{name}: failed with status {code}; see {log.name}")
 
 
-def warm_single(args: argparse.Namespace) -> None:
-    """Behaviour cloning of the single-level model: single replies first, as the responder's, then whole dialogues."""
-    demos = args.models / "demos" / "single_level.jsonl"
-    if not demos.exists():
-        sys.exit(
-            f"--models {args.models}: no {demos.name} there; run examples/quickstart/run.sh with OUT={args.models}"
-        )
-    out = args.out / "warm_single"
+def warm_start(args: argparse.Namespace, seed: int) -> Path:
+    """A block's models, if they are not there: the quickstart's pair, and the single-level model, which learns single
+    replies first, as the responder does, then whole dialogues. Returns their folder."""
+    models = args.out / f"seed{seed}" / "models"
+    pair = ["bash", ROOT / "examples" / "quickstart" / "run.sh"]
+    where = {"OUT": str(models.resolve()), "VENV": sys.prefix, "SEED": str(seed), "STEPS": "0"}
+    run(f"seed {seed}: warm start of the pair", pair, models, models / "warmed", **where)
+    out = models / "warm_single"
     flags = {
-        "--model.model_name_or_path": args.models / "warm_replies",
-        "--data.dataset": demos,
+        "--model.model_name_or_path": models / "warm_replies",
+        "--data.dataset": models / "demos" / "single_level.jsonl",
         "--ckpt.output_dir": out,
         "--data.input_key": "messages",
         "--data.max_len": 1536,
         "--train.max_epochs": 1,
         "--train.batch_size": 8,
-        "--train.micro_batch_size": 8,
+        "--train.micro_batch_size": 2,
+        "--train.seed": seed,
         "--adam.lr": 1e-3,
     }
     pairs = [str(part) for pair in flags.items() for part in pair]
     sft = [sys.executable, "-m", "openrlhf_gopo.platform", "openrlhf.cli.train_sft", *pairs]
-    run("warm start, single level", [*sft, "--data.multiturn", "--data.apply_chat_template"], out, out / "config.json")
+    switches = ["--data.multiturn", "--data.apply_chat_template"]
+    run(f"seed {seed}: warm start, single level", [*sft, *switches], out, out / "config.json")
+    return models
 
 
-def folder(args: argparse.Namespace, variant: str, seed: int, rates: Sequence[str]) -> Path:
-    """Where a run lives."""
-    name = variant.lower().replace(", ", "_").replace(" ", "_")
-    return args.out / f"{name}_lr{'_'.join(rates)}_seed{seed}"
-
-
-def train(args: argparse.Namespace, variant: str, seed: int, rates: Sequence[str]) -> Path:
+def train(args: argparse.Namespace, variant: str, seed: int, models: Path, rates: Sequence[str]) -> Path:
     """One run, if it is not there; returns its folder."""
-    out = folder(args, variant, seed, rates)
-    run(f"{variant}, lr {' '.join(rates)}, seed {seed}", command(variant, rates, seed, out, args), out, done(out))
+    name = variant.lower().replace(", ", "_").replace(" ", "_")
+    out = models.parent / f"{name}_lr{'_'.join(rates)}_seed{seed}"
+    arguments = command(variant, rates, seed, models, out, args)
+    run(f"{variant}, lr {' '.join(rates)}, seed {seed}", arguments, out, done(out))
     return out
 
 
@@ -147,37 +159,53 @@ def done(out: Path) -> Path:
 
 def search(args: argparse.Namespace) -> None:
     """Print each method's joint return, over the last quarter of the updates, at every learning rate of its grid."""
-    for variant in ("PPO, single level", "GRPO, single level", "GOPO"):
-        for rates in GRID[1 if "single level" in variant else 2]:
-            out = train(args, variant, TUNING_SEED, rates)
-            lines = (out / "results" / "metrics.jsonl").read_text().splitlines()
-            steps = [step for step in map(json.loads, lines) if "rollout/tse" in step]
-            last = steps[-max(len(steps) // 4, 1) :]
-            joint = np.mean([s["rollout/tse"] / 100 + s["rollout/esndcg"] + 0.5 * s["rollout/gre"] for s in last])
-            print(f"{variant:20} lr {' '.join(rates):12} joint return {joint:.3f}", flush=True)
+    models = warm_start(args, args.seeds[0])
+    methods = ("PPO, single level", "GRPO, single level", "GOPO")
+    tries = [(name, rates) for name in methods for rates in GRID[1 if "single level" in name else 2]]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = [pool.submit(train, args, name, TUNING_SEED, models, rates) for name, rates in tries]
+    for (name, rates), finished in zip(tries, runs, strict=True):
+        lines = (finished.result() / "results" / "metrics.jsonl").read_text().splitlines()
+        steps = [step for step in map(json.loads, lines) if "rollout/tse" in step]
+        last = steps[-max(len(steps) // 4, 1) :]
+        joint = np.mean([s["rollout/tse"] / 100 + s["rollout/esndcg"] + 0.5 * s["rollout/gre"] for s in last])
+        print(f"{name:20} lr {' '.join(rates):12} joint return {joint:.3f}", flush=True)
 
 
-def played(out: Path) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Per metric and goal, before and after training, on the same held-out goals."""
+def row_of(variant: str, seed: int, out: Path) -> Row:
+    """What a finished run showed: held-out TSE, ESNDCG and GRE before and after, on the same goals."""
     first, *_, last = sorted((out / "results" / "eval").glob("step_*.jsonl"))
-    return summarise(read_trajectories(first)).by_goal, summarise(read_trajectories(last)).by_goal
+    before, after = (summarise(read_trajectories(path)).by_goal for path in (first, last))
+    row: Row = {"variant": variant, "seed": seed, "goals": len(after["tse"]), "rates": list(rates_of(variant))}
+    for metric in ("tse", "esndcg", "gre"):
+        row[f"{metric}_before"] = float(np.mean(list(before[metric].values())))
+        row[metric] = float(np.mean(list(after[metric].values())))
+    return row | {"param_dtype": fastest()}
 
 
-def collect(args: argparse.Namespace) -> list[dict]:
-    """One row per finished run: held-out TSE, ESNDCG and GRE before and after."""
-    rows = []
-    for variant in VARIANTS:
-        for seed in args.seeds:
-            out = folder(args, variant, seed, rates_of(variant))
-            if not done(out).exists():
-                continue
-            before, after = played(out)
-            row = {"variant": variant, "seed": seed, "goals": len(after["tse"]), "rates": rates_of(variant)}
-            for metric in ("tse", "esndcg", "gre"):
-                row[f"{metric}_before"] = float(np.mean(list(before[metric].values())))
-                row[metric] = float(np.mean(list(after[metric].values())))
-            rows.append(row)
-    return rows
+def recorded(args: argparse.Namespace) -> list[Row]:
+    """The rows of ``--record``; a record of other sizes is not added to."""
+    if not args.record.exists():
+        return []
+    report = json.loads(args.record.read_text())
+    for name in ("updates", "goals"):
+        if report[name] != getattr(args, name):
+            raise SystemExit(f"--record {args.record}: made with --{name} {report[name]}, not {getattr(args, name)}")
+    return report["runs"]
+
+
+def study(args: argparse.Namespace) -> None:
+    """Run what the record lacks, seeds outermost, so that a study that is stopped has the same seeds for all rows."""
+    for seed in args.seeds:
+        there = {(row["variant"], row["seed"]) for row in recorded(args)}
+        missing = [variant for variant in args.variants if (variant, seed) not in there]
+        if not missing:
+            continue
+        models = warm_start(args, seed)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            runs = {pool.submit(train, args, name, seed, models, rates_of(name)): name for name in missing}
+            for finished in as_completed(runs):
+                write(args, [*recorded(args), row_of(runs[finished], seed, finished.result())])
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -200,37 +228,45 @@ def references(goals: int) -> dict[str, float]:
     }
 
 
-def write(args: argparse.Namespace) -> None:
-    """study.json, study.md and study.png from the runs that are there."""
-    rows = collect(args)
-    if not rows:
-        sys.exit(f"--out {args.out}: no finished run there")
+def write(args: argparse.Namespace, rows: list[Row]) -> None:
+    """The record, and beside it the table and the plot."""
+    rows.sort(key=lambda row: (list(VARIANTS).index(row["variant"]), row["seed"]))
     lines = [
-        f"TSE on {rows[0]['goals']} held-out goals of `shop` after {args.updates} updates of 64 dialogues:",
-        "mean over seeds [95% t interval over seeds], and per seed.\n",
-        "| policy | seeds | TSE before | TSE after | gain | gain per seed | ESNDCG after | GRE after |",
-        "|---|---|---|---|---|---|---|---|",
+        f"TSE on {args.goals} held-out goals of `shop` after {args.updates} updates of 64 dialogues:",
+        "mean over seeds [95% t interval over seeds]; differences are paired by seed.\n",
+        "| policy | seeds | TSE before | TSE after | gain | gain per seed | after, minus GOPO's | ESNDCG | GRE |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    gopo = {row["seed"]: row["tse"] for row in rows if row["variant"] == "GOPO"}
     for variant in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == variant]
+        mean = {name: float(np.mean([row[name] for row in mine])) for name in ("tse_before", "esndcg", "gre")}
         gains = [row["tse"] - row["tse_before"] for row in mine]
-        after, gain = interval([row["tse"] for row in mine]), interval(gains)
+        shared = [row["tse"] - gopo[row["seed"]] for row in mine if row["seed"] in gopo and variant != "GOPO"]
         lines.append(
-            f"| {variant} | {len(mine)} | {np.mean([r['tse_before'] for r in mine]):.1f} | "
-            f"{after[0]:.1f} [{after[1]:.1f}, {after[2]:.1f}] | {gain[0]:+.1f} [{gain[1]:+.1f}, {gain[2]:+.1f}] | "
-            f"{', '.join(f'{g:+.1f}' for g in gains)} | {np.mean([r['esndcg'] for r in mine]):.3f} | "
-            f"{np.mean([r['gre'] for r in mine]):.3f} |"
+            f"| {variant} | {len(mine)} | {mean['tse_before']:.1f} | {cell([row['tse'] for row in mine])} | "
+            f"{cell(gains, '+')} | {', '.join(f'{g:+.1f}' for g in gains)} | {cell(shared, '+')} | "
+            f"{mean['esndcg']:.3f} | {mean['gre']:.3f} |"
         )
     scripts = references(args.goals)
     lines.append("\nScripts that see the hidden goal: " + ", ".join(f"{k} {v:.1f}" for k, v in scripts.items()) + ".")
-    report = {"updates": args.updates, "runs": rows, "scripts": scripts}
-    (args.out / "study.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.out / "study.md").write_text("\n".join(lines) + "\n")
-    plot(rows, scripts, args.out / "study.png")
-    print("\n".join(lines))
+    report = {"updates": args.updates, "goals": args.goals, "runs": rows, "scripts": scripts}
+    args.record.parent.mkdir(parents=True, exist_ok=True)
+    args.record.write_text(json.dumps(report, indent=1) + "\n")
+    args.record.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    plot(rows, scripts, args.record.with_suffix(".png"))
+    print("\n".join(lines), flush=True)
 
 
-def plot(rows: list[dict], scripts: dict[str, float], path: Path) -> None:
+def cell(values: Sequence[float], sign: str = "") -> str:
+    """Mean and interval; the mean alone for one seed, nothing for none."""
+    if not values:
+        return ""
+    mean, low, high = interval(values)
+    return f"{mean:{sign}.1f}" + ("" if len(values) < 2 else f" [{low:{sign}.1f}, {high:{sign}.1f}]")
+
+
+def plot(rows: list[Row], scripts: dict[str, float], path: Path) -> None:
     """One line per policy: every seed's TSE after training, their mean and interval, and the warm start it left."""
     import matplotlib
 
@@ -258,31 +294,19 @@ def plot(rows: list[dict], scripts: dict[str, float], path: Path) -> None:
 
 
 def main() -> None:
-    """Search, or run what is missing and write the study."""
+    """Search, or run what the record lacks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--models", type=Path, default=Path("runs/quickstart"), help="OUT of examples/quickstart/run.sh"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs and their logs")
+    parser.add_argument("--record", type=Path, help="the study's JSON file; default: study.json under --out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--updates", type=int, default=16)
     parser.add_argument("--goals", type=int, default=200, help="held-out goals of an evaluation")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--search", action="store_true", help="tune the learning rates instead")
-    parser.add_argument(
-        "--report", action="store_true", help="write the study of the runs that are there; train nothing"
-    )
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if not args.report:
-        warm_single(args)
-        if args.search:
-            search(args)
-            return
-        for seed in args.seeds:  # seeds outermost: a study that is stopped has the same seeds for all
-            for variant in args.variants:
-                train(args, variant, seed, rates_of(variant))
-    write(args)
+    args.record = args.record or args.out / "study.json"
+    (search if args.search else study)(args)
 
 
 if __name__ == "__main__":
