@@ -148,7 +148,8 @@ def train(args: argparse.Namespace, variant: str, seed: int, models: Path, rates
     name = variant.lower().replace(", ", "_").replace(" ", "_")
     out = models.parent / f"{name}_lr{'_'.join(rates)}_seed{seed}"
     arguments = command(variant, rates, seed, models, out, args)
-    run(f"{variant}, lr {' '.join(rates)}, seed {seed}", arguments, out, done(out))
+    threads = str(max((os.cpu_count() or 1) // args.jobs, 1))
+    run(f"{variant}, lr {' '.join(rates)}, seed {seed}", arguments, out, done(out), OMP_NUM_THREADS=threads)
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import multiprocessing.spawn
 import os
 import threading
@@ -11,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from openrlhf_gopo import platform
+from openrlhf_gopo.platform import forks
 
-POLL = 1.0  # seconds
+POLL = 0.1  # seconds
 
 
 class OnArrival:
@@ -26,11 +28,13 @@ class OnArrival:
 
 
 def activate_spawned(spawn: Any) -> None:
-    """Patch of ``multiprocessing.spawn``: children activate before they import anything else.
+    """Patch of ``multiprocessing.spawn``: children are forks where they can be, and activate before they import
+    anything else.
 
     vLLM's plugin hook is for this, but in 0.29.0 it runs after vLLM and transformers have been imported.
     """
     _call_first(spawn, platform.activate)
+    forks.fork_spawned(spawn)
 
 
 def end_spawned_with_this_process() -> None:
@@ -39,15 +43,16 @@ def end_spawned_with_this_process() -> None:
     vLLM 0.29.0's engine core waits for requests for ever once its client was killed, and keeps its memory; one whose
     client dies before it answers waits for five minutes.
     """
-    _call_first(multiprocessing.spawn, end_with, os.getpid())
+    _call_first(multiprocessing.spawn, end_with_parent)
 
 
-def end_with(parent: int) -> None:
-    """End this process when its parent, the process ``parent``, is gone."""
+def end_with_parent() -> None:
+    """End this process, which was spawned, when the one that spawned it is gone."""
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while (parent := multiprocessing.parent_process()) is None:  # it is still being unpickled
             time.sleep(POLL)
+        parent.join()  # the end of a pipe, not of a process number: a fork of another process has another parent
         os._exit(1)
 
     threading.Thread(target=watch, name="gopo-end-with-parent", daemon=True).start()

@@ -157,7 +157,10 @@ def test_flash_attn_is_there_only_while_the_module_that_needs_it_is_imported() -
 
 def test_spawned_children_activate_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    spawn = SimpleNamespace(get_preparation_data=multiprocessing.spawn.get_preparation_data)
+    spawn = SimpleNamespace(
+        get_preparation_data=multiprocessing.spawn.get_preparation_data,
+        get_command_line=multiprocessing.spawn.get_command_line,
+    )
     platform.children.activate_spawned(spawn)
     sent = pickle.dumps(spawn.get_preparation_data("child")["openrlhf_gopo.activate"])
     monkeypatch.setattr(platform, "activate", lambda: calls.append(1))

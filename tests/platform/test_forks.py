@@ -90,7 +90,72 @@ def test_a_worker_is_a_fork_with_its_own_arguments_environment_and_streams(
     assert psutil.Process(told[0]["pid"]).cmdline()[0].startswith("ray::a_long_title_a_long")
     assert first.poll() is None
     os.kill(told[0]["pid"], signal.SIGKILL)
-    assert first.wait(10) == 0
+    assert first.wait(10) == 1
+
+
+SPAWNING = """\
+import json, multiprocessing, os, sys, time
+from openrlhf_gopo.platform import end_spawned_with_this_process, forks
+def child(pipe, what):
+    os.write(1, b"a child's stream\\n")
+    pipe.send([os.getpid(), os.getppid(), "stack" in sys.modules])
+    if what == "exit":
+        sys.exit(pipe.recv())
+    if what == "raise":
+        raise ValueError("on purpose")
+    time.sleep(60)
+if __name__ == "__main__":
+    forks.fork_spawned(multiprocessing.spawn)
+    if sys.argv[1] == "orphan":
+        end_spawned_with_this_process()
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=child, args=(theirs, sys.argv[1]))
+    process.start()
+    theirs.close()
+    print(json.dumps(ours.recv()), flush=True)
+    if sys.argv[1] == "exit":
+        ours.send(7)
+    elif sys.argv[1] == "orphan":
+        time.sleep(60)
+    elif sys.argv[1] != "raise":
+        getattr(process, sys.argv[1])()
+    process.join(20)
+    print(process.exitcode, flush=True)
+"""
+
+
+@pytest.fixture
+def spawning(driver: subprocess.Popen, tmp_path: Path):
+    """Start a program that spawns a process which does what is asked; returns it and the process's number."""
+
+    def start(what: str) -> tuple[subprocess.Popen, psutil.Process]:
+        (server,) = wait_for(lambda: psutil.Process(driver.pid).children())
+        (tmp_path / "spawning.py").write_text(SPAWNING)
+        env = os.environ | {forks.SOCKET: driver.socket}
+        command = [sys.executable, str(tmp_path / "spawning.py"), what]
+        program = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+        assert program.stdout.readline() == "a child's stream\n"
+        pid, parent, loaded = json.loads(program.stdout.readline())
+        assert (parent, loaded) == (server.pid, True)
+        return program, psutil.Process(pid)
+
+    return start
+
+
+@pytest.mark.parametrize(("what", "status"), [("exit", 7), ("raise", 1), ("terminate", 1), ("kill", -signal.SIGKILL)])
+def test_what_multiprocessing_spawns_is_a_fork_that_ends_as_it_is_told(spawning, what: str, status: int) -> None:
+    """Its pipes work by the numbers of their files; its own exit status comes back; signals reach it."""
+    program, spawned = spawning(what)
+    assert program.communicate(timeout=30)[0] == f"{status}\n"
+    assert psutil.wait_procs([spawned], timeout=10)[1] == []
+
+
+def test_a_spawned_fork_ends_with_the_process_that_spawned_it(spawning) -> None:
+    program, spawned = spawning("orphan")
+    assert spawned.is_running()
+    program.kill()
+    program.wait()
+    assert psutil.wait_procs([spawned], timeout=10)[1] == []
 
 
 def test_without_a_process_that_forks_the_script_runs_all_the_same(driver: subprocess.Popen, tmp_path: Path) -> None:
