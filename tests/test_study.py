@@ -36,12 +36,11 @@ def test_every_variant_is_a_run_that_the_checks_accept(study, args):
     from openrlhf_gopo.cli import train_gopo
     from openrlhf_gopo.runtime import checks
 
-    models = args.out / "seed3" / "models"
     for model in ("warm_responder", "warm_expert"):
-        (models / model).mkdir(parents=True)
+        (args.out / "models" / model).mkdir(parents=True)
     for variant in study.VARIANTS:
         for rates in (study.rates_of(variant), *study.GRID[1 if "single level" in variant else 2]):
-            flags = study.command(variant, rates, 3, models, args.out / "run", args)
+            flags = study.command(variant, rates, 3, args.out / "run", args)
             assert flags[1:3] == ["-m", "openrlhf.cli.train_gopo"]
             parsed, config = train_gopo.parse(flags[3:])
             checks.check_flags(parsed, config)
@@ -55,12 +54,12 @@ def finished(study, args):
     """What two seeds of GOPO leave, from a script that chooses at random to one that chooses well; the gains."""
     env = load_environment("shop")
     goals, gains = env.goals("heldout")[: args.goals], []
+    models = args.out / "models"
+    (models / "warm_single").mkdir(parents=True)
+    for marker in (models / "warmed", models / "warm_single" / "config.json"):
+        marker.write_text("")
     for seed in args.seeds:
-        models = args.out / f"seed{seed}" / "models"
-        (models / "warm_single").mkdir(parents=True)
-        for marker in (models / "warmed", models / "warm_single" / "config.json"):
-            marker.write_text("")
-        out = models.parent / f"gopo_lr3e-4_1e-4_seed{seed}"
+        out = args.out / f"gopo_lr3e-4_1e-4_seed{seed}"
         (out / "results" / "eval").mkdir(parents=True)
         means = []
         for step, skill in ((0, 0.0), (16, 1.0)):

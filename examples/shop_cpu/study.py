@@ -3,15 +3,14 @@
     pip install scipy
     python examples/shop_cpu/study.py --out runs/study [--seeds 0 1 2 3 4] [--jobs 2] [--search]
 
-A seed is a block: examples/quickstart warm-starts a pair with it, a single-level model is warm-started on the same
-demonstrations, and every row of ``VARIANTS`` trains from there on ``--updates`` x 64 dialogues with that seed.
+examples/quickstart warm-starts a pair, and a single-level model is warm-started on the same demonstrations. Every row
+of ``VARIANTS`` trains from there with every seed on ``--updates`` x 64 dialogues.
 
 What finished goes into ``--record``, a JSON file, and beside it a table and a plot; what it holds is not run again.
 So a study can be stopped, go on, and be carried to another machine, seed by seed.
 
-``--search`` tunes the learning rate of every method from the first seed's models, with a training seed of its own
-(``TUNING_SEED``): each gets as many tries, and the rate with the highest joint return over the last quarter of its
-updates wins. ``RATES`` holds what it found.
+``--search`` tunes the learning rate of every method with a seed of its own (``TUNING_SEED``): each gets as many tries,
+and the rate with the highest joint return over the last quarter of its updates wins. ``RATES`` holds what it found.
 """
 
 from __future__ import annotations
@@ -68,11 +67,9 @@ def rates_of(variant: str) -> tuple[str, ...]:
     return RATES.get(variant, TWO_LEVEL_RATES)
 
 
-def command(
-    variant: str, rates: Sequence[str], seed: int, models: Path, out: Path, args: argparse.Namespace
-) -> list[str]:
+def command(variant: str, rates: Sequence[str], seed: int, out: Path, args: argparse.Namespace) -> list[str]:
     """The training command of one run."""
-    single = "single level" in variant
+    single, models = "single level" in variant, args.out / "models"
     roles = {"--actor.model_name_or_path": models / ("warm_single" if single else "warm_responder")}
     if not single:
         roles["--expert.model_name_or_path"] = models / "warm_expert"
@@ -116,13 +113,13 @@ def run(name: str, arguments: Sequence[str | Path], out: Path, done: Path, **env
         raise SystemExit(f"{name}: failed with status {code}; see {log.name}")
 
 
-def warm_start(args: argparse.Namespace, seed: int) -> Path:
-    """A block's models, if they are not there: the quickstart's pair, and the single-level model, which learns single
-    replies first, as the responder does, then whole dialogues. Returns their folder."""
-    models = args.out / f"seed{seed}" / "models"
+def warm_start(args: argparse.Namespace) -> None:
+    """Make what every run starts from, if it is not there: the quickstart's pair, and the single-level model, which
+    learns single replies first, as the responder does, then whole dialogues."""
+    models = args.out / "models"
     pair = ["bash", ROOT / "examples" / "quickstart" / "run.sh"]
-    where = {"OUT": str(models.resolve()), "VENV": sys.prefix, "SEED": str(seed), "STEPS": "0"}
-    run(f"seed {seed}: warm start of the pair", pair, models, models / "warmed", **where)
+    where = {"OUT": str(models.resolve()), "VENV": sys.prefix, "STEPS": "0"}
+    run("warm start of the pair", pair, models, models / "warmed", **where)
     out = models / "warm_single"
     flags = {
         "--model.model_name_or_path": models / "warm_replies",
@@ -133,21 +130,19 @@ def warm_start(args: argparse.Namespace, seed: int) -> Path:
         "--train.max_epochs": 1,
         "--train.batch_size": 8,
         "--train.micro_batch_size": 2,
-        "--train.seed": seed,
         "--adam.lr": 1e-3,
     }
     pairs = [str(part) for pair in flags.items() for part in pair]
     sft = [sys.executable, "-m", "openrlhf_gopo.platform", "openrlhf.cli.train_sft", *pairs]
     switches = ["--data.multiturn", "--data.apply_chat_template"]
-    run(f"seed {seed}: warm start, single level", [*sft, *switches], out, out / "config.json")
-    return models
+    run("warm start, single level", [*sft, *switches], out, out / "config.json")
 
 
-def train(args: argparse.Namespace, variant: str, seed: int, models: Path, rates: Sequence[str]) -> Path:
+def train(args: argparse.Namespace, variant: str, seed: int, rates: Sequence[str]) -> Path:
     """One run, if it is not there; returns its folder."""
     name = variant.lower().replace(", ", "_").replace(" ", "_")
-    out = models.parent / f"{name}_lr{'_'.join(rates)}_seed{seed}"
-    arguments = command(variant, rates, seed, models, out, args)
+    out = args.out / f"{name}_lr{'_'.join(rates)}_seed{seed}"
+    arguments = command(variant, rates, seed, out, args)
     threads = str(max((os.cpu_count() or 1) // args.jobs, 1))
     run(f"{variant}, lr {' '.join(rates)}, seed {seed}", arguments, out, done(out), OMP_NUM_THREADS=threads)
     return out
@@ -160,11 +155,11 @@ def done(out: Path) -> Path:
 
 def search(args: argparse.Namespace) -> None:
     """Print each method's joint return, over the last quarter of the updates, at every learning rate of its grid."""
-    models = warm_start(args, args.seeds[0])
+    warm_start(args)
     methods = ("PPO, single level", "GRPO, single level", "GOPO")
     tries = [(name, rates) for name in methods for rates in GRID[1 if "single level" in name else 2]]
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = [pool.submit(train, args, name, TUNING_SEED, models, rates) for name, rates in tries]
+        runs = [pool.submit(train, args, name, TUNING_SEED, rates) for name, rates in tries]
     for (name, rates), finished in zip(tries, runs, strict=True):
         lines = (finished.result() / "results" / "metrics.jsonl").read_text().splitlines()
         steps = [step for step in map(json.loads, lines) if "rollout/tse" in step]
@@ -197,16 +192,15 @@ def recorded(args: argparse.Namespace) -> list[Row]:
 
 def study(args: argparse.Namespace) -> None:
     """Run what the record lacks, seeds outermost, so that a study that is stopped has the same seeds for all rows."""
-    for seed in args.seeds:
-        there = {(row["variant"], row["seed"]) for row in recorded(args)}
-        missing = [variant for variant in args.variants if (variant, seed) not in there]
-        if not missing:
-            continue
-        models = warm_start(args, seed)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            runs = {pool.submit(train, args, name, seed, models, rates_of(name)): name for name in missing}
-            for finished in as_completed(runs):
-                write(args, [*recorded(args), row_of(runs[finished], seed, finished.result())])
+    there = {(row["variant"], row["seed"]) for row in recorded(args)}
+    missing = [(name, seed) for seed in args.seeds for name in args.variants if (name, seed) not in there]
+    if not missing:
+        return
+    warm_start(args)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = {pool.submit(train, args, name, seed, rates_of(name)): (name, seed) for name, seed in missing}
+        for finished in as_completed(runs):
+            write(args, [*recorded(args), row_of(*runs[finished], finished.result())])
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
