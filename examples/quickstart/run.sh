@@ -24,8 +24,7 @@ logged() {
 
 # $1: name; $2: model; $3: data; the rest: further flags.
 warm_start() {
-    # Half of the cores: two run side by side.
-    OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) logged "$1" "$VENV/bin/python" -m openrlhf_gopo.platform openrlhf.cli.train_sft \
+    logged "$1" "$VENV/bin/python" -m openrlhf_gopo.platform openrlhf.cli.train_sft \
         --model.model_name_or_path "$2" --data.dataset "$3" --ckpt.output_dir "$OUT/$1" \
         --data.input_key messages --data.multiturn --data.apply_chat_template --data.max_len 1280 \
         --train.max_epochs 1 --train.seed "$SEED" "${@:4}"
@@ -42,16 +41,17 @@ logged demonstrations "$VENV/bin/python" -m openrlhf_gopo.cli.export_sft --env s
 
 say "3/5 warm start of the expert on its choices and, beside it, of the responder on single replies
         (OpenRLHF's train_sft; progress in $OUT/warm_*.log)"
-warm_start warm_expert "$OUT/untrained" "$OUT/demos/expert.jsonl" \
+half=$((($(nproc) + 1) / 2)) # of the cores each, as they run side by side
+OMP_NUM_THREADS=$half warm_start warm_expert "$OUT/untrained" "$OUT/demos/expert.jsonl" \
     --train.batch_size 8 --train.micro_batch_size 2 --adam.lr 1e-3 &
 expert=$!
-warm_start warm_replies "$OUT/untrained" "$OUT/demos/replies.jsonl" \
+OMP_NUM_THREADS=$half warm_start warm_replies "$OUT/untrained" "$OUT/demos/replies.jsonl" \
     --train.batch_size 16 --train.micro_batch_size 16 --adam.lr 2e-3
 
 say "4/5 warm start of the responder on whole dialogues"
+wait "$expert"
 warm_start warm_responder "$OUT/warm_replies" "$OUT/demos/responder.jsonl" \
     --train.batch_size 8 --train.micro_batch_size 2 --adam.lr 1e-3 --data.max_samples 1000
-wait "$expert"
 touch "$OUT/warmed"
 if [[ "$STEPS" == 0 ]]; then exit 0; fi
 
