@@ -116,11 +116,16 @@ class GOPOSamplesGenerator(SamplesGenerator):
         self._sample_buffer = [DialogueSample.of(t, self.spec.reward_weights) for t in buffered]
         self._dataloader_iter = None if state["drained"] else iter(self.prompts_dataloader)
 
-    def _generate_vllm(self, *args: Any, **kwargs: Any) -> tuple[list[DialogueSample], int, bool]:
+    def _generate_vllm(
+        self, dataloader_iter: Any, num_prompts: int, *args: Any, **kwargs: Any
+    ) -> tuple[list[DialogueSample], int, bool]:
         """Upstream's, whose groups come as they finish, in the order of their goals: a rerun is then the same run."""
         self._places = {}
+        samples_of_each = self.args.rollout.n_samples_per_prompt
+        # Upstream evaluates as many goals at a time as it trains on; with fewer dialogues of each, engines would idle.
+        num_prompts *= max(samples_of_each // kwargs.get("n_samples_per_prompt", samples_of_each), 1)
         with nullcontext() if self.args.train.async_enable else self.restarts.mending():
-            samples, consumed, exhausted = super()._generate_vllm(*args, **kwargs)
+            samples, consumed, exhausted = super()._generate_vllm(dataloader_iter, num_prompts, *args, **kwargs)
         return sorted(samples, key=lambda s: self._places[s.trajectory.goal.id]), consumed, exhausted
 
     def _dispatch_prompts_to_vllm(
