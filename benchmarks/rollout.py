@@ -34,7 +34,7 @@ def cells(quick: bool) -> list[dict]:
         return [{"engine": cached, "load": load, "modes": ALL}]
     main = {"dialogues": 32, "k": 8, "turns": 3, "reply": 24}
     loads = [(main, ALL), (main | {"lengths": "tail"}, ALL)]
-    loads += [(main | {"dialogues": n, "k": min(n, 8)}, PAIR) for n in (1, 8, 64, 128)]
+    loads += [(main | {"dialogues": n, "k": min(n, 8)}, PAIR) for n in (1, 8, 64, 128, 256)]
     loads += [(main | {"turns": 1, "reply": 74}, PAIR)]  # as many tokens as in 3 turns of 1 + 24
     loads += [(main | {"turns": n}, ["ours"]) for n in (1, 8, 16)]
     loads += [(main | {"k": n}, ["ours"]) for n in (1, 32)]

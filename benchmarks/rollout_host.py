@@ -39,9 +39,11 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.metrics.reader import get_metrics_snapshot  # noqa: E402
 
 from openrlhf_gopo.envs import load_environment  # noqa: E402
+from openrlhf_gopo.platform.dtype import fastest  # noqa: E402
 from openrlhf_gopo.rollout.sampled import TokenLimits  # noqa: E402
 from openrlhf_gopo.runtime import agent  # noqa: E402
 from openrlhf_gopo.runtime.requests import DialogueRequest, PolicySpec  # noqa: E402
+from openrlhf_gopo.runtime.restarts import DTYPES  # noqa: E402
 
 HERE = Path(__file__).parent
 MAX_LEN = 4096
@@ -119,7 +121,7 @@ async def start(model: str, *, prefix_caching: bool, block_size: int | None) -> 
         distributed_executor_backend="uni",
         max_model_len=MAX_LEN,
         enable_prefix_caching=prefix_caching,
-        dtype="bfloat16",
+        dtype=DTYPES[fastest()],
         trust_remote_code=True,
         gpu_memory_utilization=0.5,
         logprobs_mode="processed_logprobs",
