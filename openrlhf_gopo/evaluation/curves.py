@@ -177,9 +177,12 @@ def _endings(axes: Axes, metrics: Metrics) -> None:
 
 def _preferences(axes: Axes, metrics: Metrics) -> None:
     right = axes.twinx()
+    accuracy, loss = metrics.get("expert/pref_accuracy"), metrics.get("expert/pref_loss")
+    if accuracy and set(accuracy[1]) == {0.5}:  # measured against the sampler itself, both are constants
+        accuracy = loss = None
     drawn = [
-        _line(axes, metrics.get("expert/pref_accuracy"), "preference accuracy (left)", BLUE),
-        _line(right, metrics.get("expert/pref_loss"), "preference loss (right)", RED),
+        _line(axes, accuracy, "preference accuracy (left)", BLUE),
+        _line(right, loss, "preference loss (right)", RED),
         _line(right, metrics.get("expert/entropy_loss"), "expert entropy (right)", GREEN),
     ]
     axes.set_ylim(-0.03, 1.03)
@@ -193,7 +196,8 @@ def _preferences(axes: Axes, metrics: Metrics) -> None:
         right.spines["top"].set_visible(False)
     else:
         right.set_axis_off()
-    _finish(axes, "Expert: preferences and entropy", "pairs ordered rightly", drawn, right=right)
+    left = "pairs ordered rightly" if drawn[0] else ""
+    _finish(axes, "Expert: preferences and entropy", left, drawn, right=right)
 
 
 def _kl(axes: Axes, metrics: Metrics) -> None:

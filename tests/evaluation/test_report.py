@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from openrlhf_gopo.errors import DataError
+from openrlhf_gopo.evaluation import curves
 from openrlhf_gopo.evaluation.curves import Metrics
 from openrlhf_gopo.evaluation.report import write_learning_curves, write_results
 from openrlhf_gopo.types import Goal, StopReason, Trajectory, Turn
@@ -67,6 +68,26 @@ def test_a_bad_metrics_line_is_named(tmp_path, content, message):
 def test_curves_are_drawn_whatever_is_missing(tmp_path, records):
     png = write_learning_curves(metrics_file(tmp_path, *records), tmp_path / "curves.png")
     assert png.read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("accuracies", [(0.5, 0.5), (0.5, 0.6)])
+def test_what_cannot_move_is_not_drawn(tmp_path, monkeypatch, accuracies):
+    """With the sampler as reference the accuracy is 0.5 and the loss log 2 in every step: lines that say nothing."""
+    drawn = []
+    line = curves._line
+
+    def recorded(axes, series, label, *rest, **options):
+        drawn.extend([label] if series else [])
+        return line(axes, series, label, *rest, **options)
+
+    monkeypatch.setattr(curves, "_line", recorded)
+    records = [
+        {"global_step": i, "expert/pref_accuracy": a, "expert/pref_loss": math.log(2), "expert/entropy_loss": 1.0}
+        for i, a in enumerate(accuracies)
+    ]
+    write_learning_curves(metrics_file(tmp_path, *records), tmp_path / "curves.png")
+    preferences = ["preference accuracy (left)", "preference loss (right)"]
+    assert drawn == [*(preferences if accuracies[1] != 0.5 else []), "expert entropy (right)"]
 
 
 @pytest.mark.parametrize("metrics", [True, False])
