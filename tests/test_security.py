@@ -43,6 +43,8 @@ ALLOWED = {
     ("openrlhf_gopo/platform/__main__.py", "runpy.run_module"): (1, "the program that the user names"),
     # Over a socket in a folder of this user's alone (mode 700).
     ("openrlhf_gopo/platform/forks.py", "runpy.run_path"): (1, "the worker script that Ray names"),
+    # Both come over a socket in a folder that is this user's alone.
+    ("openrlhf_gopo/platform/forks.py", "exec"): (1, "the line that multiprocessing starts a child with"),
     ("openrlhf_gopo/plugins.py", "spec.loader.exec_module"): (1, "path/to/file.py:Class, named by the user"),
     ("openrlhf_gopo/platform/imports.py", "loader.exec_module"): (0, "wraps the import of upstream's modules"),
     # Upstream loads the same paths of --actor.model_name_or_path with it, so a run trusts them in any case, and a dry
