@@ -1,6 +1,7 @@
 """examples/shop_cpu/study.py: every run it would start is a valid one, and its table says what the runs did."""
 
-import importlib.util
+import importlib
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play
 pytest.importorskip("scipy")
 
 
-@pytest.fixture(scope="module")
-def study():
-    file = Path(__file__).parents[1] / "examples" / "shop_cpu" / "study.py"
-    spec = importlib.util.spec_from_file_location("study", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "shop_cpu")
+    return importlib.import_module("study")
+
+
+@pytest.fixture
+def report(study):
+    return importlib.import_module("study_report")
 
 
 @pytest.fixture
@@ -76,16 +79,35 @@ def cells_of(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def row(variant, seed, after, before=30.0):
+    means = {"esndcg": 0.5, "gre": 0.9, "tse_before": before, "esndcg_before": 0.4, "gre_before": 0.8}
+    return {"variant": variant, "seed": seed, "tse": after, **means}
+
+
 def test_the_table_says_what_the_runs_did(study, args, finished):
     study.study(args)
-    row = args.record.with_suffix(".md").read_text().splitlines()[5]
-    cells = cells_of(row)
-    assert cells[:2] == ["GOPO", "2"]
-    assert "nan" not in row
-    assert cells[4].startswith(f"{sum(finished) / 2:+.1f} [")
-    assert cells[5] == ", ".join(f"{gain:+.1f}" for gain in finished)
-    assert cells[6] == ""
+    text = args.record.with_suffix(".md").read_text()
+    start, gopo = (cells_of(line) for line in text.splitlines()[5:7])
+    runs = json.loads(args.record.read_text())["runs"]
+    assert start[:2] == ["warm start, two levels", "2"]
+    assert start[5] == ", ".join(f"{run['tse_before']:.1f}" for run in runs)
+    assert gopo[:2] == ["GOPO", "2"]
+    assert gopo[3].startswith(f"{sum(finished) / 2:+.1f} [")
+    assert gopo[4] == ""
+    assert gopo[5] == ", ".join(f"{run['tse']:.1f}" for run in runs)
+    assert "nan" not in text
     assert args.record.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_a_warm_start_is_the_mean_of_what_its_runs_saw_of_it(report):
+    runs = [row("GOPO", 0, 40.0, 28.0), row("GOPO", 1, 41.0, 31.0), row("GOPO, turns alone", 0, 42.0, 32.0)]
+    rows = report.with_starts([*runs, row("GRPO, single level", 1, 43.0, 38.0)])
+    starts = [(r["variant"], r["seed"], r["tse"], r["esndcg"], r["gre"]) for r in rows[:3]]
+    assert starts == [
+        ("warm start, single level", 1, 38.0, 0.4, 0.8),
+        ("warm start, two levels", 0, 30.0, 0.4, 0.8),
+        ("warm start, two levels", 1, 31.0, 0.4, 0.8),
+    ]
 
 
 def test_what_the_record_holds_is_not_run_again(study, args, finished, monkeypatch):
@@ -96,21 +118,41 @@ def test_what_the_record_holds_is_not_run_again(study, args, finished, monkeypat
     assert args.record.read_text() == before
 
 
-def test_rows_are_compared_with_gopo_seed_by_seed(study, args):
-    def row(variant, seed, after):
-        means = {"esndcg": 0.5, "gre": 0.9, "tse_before": 30.0}
-        return {"variant": variant, "seed": seed, "tse": after, **means}
-
+def test_rows_are_compared_with_gopo_seed_by_seed(report):
     gopo, grpo = (40.0, 46.0, 50.0), (38.0, 47.0, 46.0)  # minus GOPO's: -2, +1, -4
-    rows = [row("GOPO", seed, after) for seed, after in enumerate(gopo)]
-    rows += [row("GRPO, single level", seed, after) for seed, after in reversed(list(enumerate(grpo)))]
-    study.write(args, [*rows, row("GRPO, single level", 9, 99.0)])  # a seed that GOPO lacks has no part in it
-    first, second = args.record.with_suffix(".md").read_text().splitlines()[5:7]
-    assert cells_of(first)[:2] == ["GRPO, single level", "4"]
-    assert cells_of(first)[5] == "+8.0, +17.0, +16.0, +69.0"
+    rows = [row("GRPO, single level", seed, after) for seed, after in enumerate(grpo)]
+    rows += [row("GRPO, single level", 9, 99.0)]  # a seed that GOPO lacks has no part in it
+    rows += [row("GOPO", seed, after) for seed, after in enumerate(gopo)]
+    single, _pair, first, second = (cells_of(line) for line in report.table(report.with_starts(rows))[2:])
     # mean -5/3, s = 2.517, half width 4.303 * 2.517 / sqrt(3) = 6.25
-    assert cells_of(first)[6] == "-1.7 [-7.9, +4.6]"
-    assert cells_of(second)[6] == ""
+    assert first[:2] + first[4:6] == ["GRPO, single level", "4", "-1.7 [-7.9, +4.6]", "38.0, 47.0, 46.0, 99.0"]
+    # 8, 17, 16, 69 above a warm start of 30: mean 27.5, s = 27.98, half width 3.182 * 27.98 / 2 = 44.5
+    assert first[3] == "+27.5 [-17.0, +72.0]"
+    assert (single[3], second[4]) == ("", "")
+
+
+def test_the_search_takes_the_return_of_the_last_updates(study, args, monkeypatch):
+    for warm in ("warmed", "warm_single/config.json"):
+        (args.out / "models" / warm).parent.mkdir(parents=True, exist_ok=True)
+        (args.out / "models" / warm).write_text("")
+
+    def train(brief, variant, seed, rates):  # instead of hours of training: what it would leave
+        assert (brief.goals, seed) == (16, study.TUNING_SEED)
+        out = args.out / f"{variant}_{'_'.join(rates)}"
+        (out / "results").mkdir(parents=True)
+        good = 1.0 if rates == study.GRID[len(rates)][1] else 0.0
+        steps = [{"rollout/tse": 90.0, "rollout/esndcg": 1.0, "rollout/gre": 1.0}] * 6
+        steps += [{"rollout/tse": 50.0 * good, "rollout/esndcg": 0.5, "rollout/gre": 0.8}] * 2
+        lines = [json.dumps(line) for step in steps for line in (step, {"eval_tse": 1.0})]
+        (out / "results" / "metrics.jsonl").write_text("\n".join(lines))
+        return out
+
+    monkeypatch.setattr(study, "train", train)
+    study.search(args)
+    rows = [cells_of(line) for line in args.record.with_suffix(".md").read_text().splitlines()[2:]]
+    assert len(rows) == 9
+    assert rows[0] == ["PPO, single level", "3e-5", "0.900"]
+    assert rows[7] == ["GOPO", "3e-4, 1e-4", "**1.400**"]
 
 
 def test_a_record_of_other_sizes_is_not_added_to(study, args, finished):
@@ -127,7 +169,7 @@ def test_a_run_that_fails_names_its_log(study, tmp_path):
     assert out.with_name("one.log").read_text() == "why\n"
 
 
-def test_an_interval_over_seeds(study):
+def test_an_interval_over_seeds(report):
     # mean 3, s = 1, t(0.975; 2) = 4.303, half width 4.303 / sqrt(3) = 2.484
-    mean, low, high = study.interval([2.0, 3.0, 4.0])
+    mean, low, high = report.interval([2.0, 3.0, 4.0])
     assert (mean, low, high) == pytest.approx((3.0, 3.0 - 2.484, 3.0 + 2.484), abs=1e-3)

@@ -10,7 +10,8 @@ What finished goes into ``--record``, a JSON file, and beside it a table and a p
 So a study can be stopped, go on, and be carried to another machine, seed by seed.
 
 ``--search`` tunes the learning rate of every method with a seed of its own (``TUNING_SEED``): each gets as many tries,
-and the rate with the highest joint return over the last quarter of its updates wins. ``RATES`` holds what it found.
+and the rate with the highest joint return over the last quarter of its updates wins. ``RATES`` holds what it found;
+what a search finds elsewhere goes into the record, and into ``RATES`` by hand.
 """
 
 from __future__ import annotations
@@ -26,11 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from study_report import METRICS, write_report
 
-from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.evaluation.records import read_trajectories
-from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play
 from openrlhf_gopo.evaluation.summary import summarise
 from openrlhf_gopo.platform.dtype import fastest
 
@@ -59,7 +58,7 @@ Row = dict[str, Any]
 RATES: dict[str, tuple[str, ...]] = {"PPO, single level": ("1e-4",), "GRPO, single level": ("1e-4",)}
 TWO_LEVEL_RATES = ("3e-4", "1e-4")
 GRID = {1: [("3e-5",), ("1e-4",), ("3e-4",)], 2: [("1e-4", "1e-4"), ("3e-4", "1e-4"), ("1e-3", "1e-4")]}
-TUNING_SEED = 100
+SEARCHED, TUNING_SEED = ("PPO, single level", "GRPO, single level", "GOPO"), 100
 
 
 def rates_of(variant: str) -> tuple[str, ...]:
@@ -154,45 +153,56 @@ def done(out: Path) -> Path:
 
 
 def search(args: argparse.Namespace) -> None:
-    """Print each method's joint return, over the last quarter of the updates, at every learning rate of its grid."""
+    """Train each method at every learning rate of its grid; into the record, the joint return of its last updates."""
+    recorded(args)
     warm_start(args)
-    methods = ("PPO, single level", "GRPO, single level", "GOPO")
-    tries = [(name, rates) for name in methods for rates in GRID[1 if "single level" in name else 2]]
+    tries = [(name, rates) for name in SEARCHED for rates in GRID[1 if "single level" in name else 2]]
+    brief = argparse.Namespace(**vars(args) | {"goals": 16})  # its evaluations are not looked at
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = [pool.submit(train, args, name, TUNING_SEED, rates) for name, rates in tries]
+        runs = [pool.submit(train, brief, name, TUNING_SEED, rates) for name, rates in tries]
+    found: list[Row] = []
     for (name, rates), finished in zip(tries, runs, strict=True):
         lines = (finished.result() / "results" / "metrics.jsonl").read_text().splitlines()
         steps = [step for step in map(json.loads, lines) if "rollout/tse" in step]
         last = steps[-max(len(steps) // 4, 1) :]
         joint = np.mean([s["rollout/tse"] / 100 + s["rollout/esndcg"] + 0.5 * s["rollout/gre"] for s in last])
-        print(f"{name:20} lr {' '.join(rates):12} joint return {joint:.3f}", flush=True)
+        found.append({"variant": name, "rates": list(rates), "joint": float(joint)})
+    keep(args, search=found)
 
 
 def row_of(variant: str, seed: int, out: Path) -> Row:
-    """What a finished run showed: held-out TSE, ESNDCG and GRE before and after, on the same goals."""
+    """What a finished run showed: held-out TSE, ESNDCG and GRE before and after, means over the same goals."""
     first, *_, last = sorted((out / "results" / "eval").glob("step_*.jsonl"))
-    before, after = (summarise(read_trajectories(path)).by_goal for path in (first, last))
-    row: Row = {"variant": variant, "seed": seed, "goals": len(after["tse"]), "rates": list(rates_of(variant))}
-    for metric in ("tse", "esndcg", "gre"):
-        row[f"{metric}_before"] = float(np.mean(list(before[metric].values())))
-        row[metric] = float(np.mean(list(after[metric].values())))
-    return row | {"param_dtype": fastest()}
+    row: Row = {"variant": variant, "seed": seed, "rates": list(rates_of(variant)), "param_dtype": fastest()}
+    for path, suffix in ((first, "_before"), (last, "")):
+        played = summarise(read_trajectories(path)).by_goal
+        row |= {name + suffix: float(np.mean(list(played[name].values()))) for name in METRICS}
+    return row
 
 
-def recorded(args: argparse.Namespace) -> list[Row]:
-    """The rows of ``--record``; a record of other sizes is not added to."""
+def recorded(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``--record`` holds; a record of other sizes is not added to."""
     if not args.record.exists():
-        return []
-    report = json.loads(args.record.read_text())
+        return {"updates": args.updates, "goals": args.goals, "search": [], "runs": []}
+    record = json.loads(args.record.read_text())
     for name in ("updates", "goals"):
-        if report[name] != getattr(args, name):
-            raise SystemExit(f"--record {args.record}: made with --{name} {report[name]}, not {getattr(args, name)}")
-    return report["runs"]
+        if record[name] != getattr(args, name):
+            raise SystemExit(f"--record {args.record}: made with --{name} {record[name]}, not {getattr(args, name)}")
+    return record
+
+
+def keep(args: argparse.Namespace, **parts: list[Row]) -> None:
+    """Replace parts of the record, and write the table and the plot beside it."""
+    record = recorded(args) | parts
+    record["runs"].sort(key=lambda row: (list(VARIANTS).index(row["variant"]), row["seed"]))
+    args.record.parent.mkdir(parents=True, exist_ok=True)
+    args.record.write_text(json.dumps(record, indent=1) + "\n")
+    print(write_report(record, args.record), flush=True)
 
 
 def study(args: argparse.Namespace) -> None:
     """Run what the record lacks, seeds outermost, so that a study that is stopped has the same seeds for all rows."""
-    there = {(row["variant"], row["seed"]) for row in recorded(args)}
+    there = {(row["variant"], row["seed"]) for row in recorded(args)["runs"]}
     missing = [(name, seed) for seed in args.seeds for name in args.variants if (name, seed) not in there]
     if not missing:
         return
@@ -200,92 +210,7 @@ def study(args: argparse.Namespace) -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = {pool.submit(train, args, name, seed, rates_of(name)): (name, seed) for name, seed in missing}
         for finished in as_completed(runs):
-            write(args, [*recorded(args), row_of(*runs[finished], finished.result())])
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean over seeds with its 95% t interval; NaN bounds for one seed."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, float("nan"), float("nan")
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return mean, mean - half, mean + half
-
-
-def references(goals: int) -> dict[str, float]:
-    """TSE of scripts that look at the hidden goal, on the same goals: what random choices give, what is achievable."""
-    env = load_environment("shop")
-    held = env.goals("heldout")[:goals]
-    scripts = {"random": ScriptedPolicy(0.0, slip=0.0), "demonstrations": ScriptedPolicy(0.7, slip=0.0)}
-    return {
-        name: float(np.mean([play(env, goal, 0, 1, script).rewards["tse"] for goal in held]))
-        for name, script in scripts.items()
-    }
-
-
-def write(args: argparse.Namespace, rows: list[Row]) -> None:
-    """The record, and beside it the table and the plot."""
-    rows.sort(key=lambda row: (list(VARIANTS).index(row["variant"]), row["seed"]))
-    lines = [
-        f"TSE on {args.goals} held-out goals of `shop` after {args.updates} updates of 64 dialogues:",
-        "mean over seeds [95% t interval over seeds]; differences are paired by seed.\n",
-        "| policy | seeds | TSE before | TSE after | gain | gain per seed | after, minus GOPO's | ESNDCG | GRE |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    gopo = {row["seed"]: row["tse"] for row in rows if row["variant"] == "GOPO"}
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        mine = [row for row in rows if row["variant"] == variant]
-        mean = {name: float(np.mean([row[name] for row in mine])) for name in ("tse_before", "esndcg", "gre")}
-        gains = [row["tse"] - row["tse_before"] for row in mine]
-        shared = [row["tse"] - gopo[row["seed"]] for row in mine if row["seed"] in gopo and variant != "GOPO"]
-        lines.append(
-            f"| {variant} | {len(mine)} | {mean['tse_before']:.1f} | {cell([row['tse'] for row in mine])} | "
-            f"{cell(gains, '+')} | {', '.join(f'{g:+.1f}' for g in gains)} | {cell(shared, '+')} | "
-            f"{mean['esndcg']:.3f} | {mean['gre']:.3f} |"
-        )
-    scripts = references(args.goals)
-    lines.append("\nScripts that see the hidden goal: " + ", ".join(f"{k} {v:.1f}" for k, v in scripts.items()) + ".")
-    report = {"updates": args.updates, "goals": args.goals, "runs": rows, "scripts": scripts}
-    args.record.parent.mkdir(parents=True, exist_ok=True)
-    args.record.write_text(json.dumps(report, indent=1) + "\n")
-    args.record.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    plot(rows, scripts, args.record.with_suffix(".png"))
-    print("\n".join(lines), flush=True)
-
-
-def cell(values: Sequence[float], sign: str = "") -> str:
-    """Mean and interval; the mean alone for one seed, nothing for none."""
-    if not values:
-        return ""
-    mean, low, high = interval(values)
-    return f"{mean:{sign}.1f}" + ("" if len(values) < 2 else f" [{low:{sign}.1f}, {high:{sign}.1f}]")
-
-
-def plot(rows: list[Row], scripts: dict[str, float], path: Path) -> None:
-    """One line per policy: every seed's TSE after training, their mean and interval, and the warm start it left."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys(row["variant"] for row in rows))[::-1]
-    figure, axes = plt.subplots(figsize=(8, 0.55 * len(names) + 1.6), layout="constrained")
-    for y, name in enumerate(names):
-        mine = [row for row in rows if row["variant"] == name]
-        mean, low, high = interval([row["tse"] for row in mine])
-        axes.plot([row["tse_before"] for row in mine], [y] * len(mine), "|", color="#888888", markersize=14)
-        axes.plot([row["tse"] for row in mine], [y] * len(mine), "o", color="#2563eb", alpha=0.45, markersize=5)
-        axes.plot([low, high], [y, y], color="#2563eb", linewidth=2)
-        axes.plot([mean], [y], "D", color="#1e3a8a", markersize=7)
-    for name, value in scripts.items():
-        axes.axvline(value, color="#bbbbbb", linestyle=":", linewidth=1)
-        axes.text(
-            value, len(names) - 0.4, f" {name} ", fontsize=8, color="#666666", ha="left" if value < 50 else "right"
-        )
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(-0.6, len(names))
-    axes.set_xlabel("held-out TSE: warm start (bar), seeds (dots), mean with 95% interval over seeds (diamond)")
-    figure.savefig(path, dpi=130)
+            keep(args, runs=[*recorded(args)["runs"], row_of(*runs[finished], finished.result())])
 
 
 def main() -> None:
@@ -295,7 +220,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="the study's JSON file; default: study.json under --out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--updates", type=int, default=16)
+    parser.add_argument("--updates", type=int, default=8)
     parser.add_argument("--goals", type=int, default=200, help="held-out goals of an evaluation")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--search", action="store_true", help="tune the learning rates instead")
