@@ -190,6 +190,13 @@ class GopoConfig:
             self.pref.coef,
             "the expert has no term left to learn from; raise it or --gopo.expert_pg_coef",
         )
+        share = self.expert_gpu_memory_utilization
+        _require(
+            share is None or 0 < share <= 1,
+            "--gopo.expert_gpu_memory_utilization",
+            share,
+            "give a share of the GPU's memory, in (0, 1]",
+        )
         memory = self.gpu_memory_gb
         _require(memory is None or memory > 0, "--gopo.gpu_memory_gb", memory, "give a positive number of GiB")
         _require(self.user_timeout > 0, "--gopo.user_timeout", self.user_timeout, "give a positive number of seconds")

@@ -21,6 +21,7 @@ FORBIDDEN = {
     "config": [*STACK, *TORCH, *OTHERS, *HIGH],
     "config_llm": [*STACK, *TORCH, *OTHERS, *HIGH],
     "flag": [*STACK, *TORCH, *OTHERS, *HIGH],
+    "threads": [*STACK, *TORCH, *OTHERS, *HIGH],
     "errors": [*STACK, *TORCH, *OTHERS, *HIGH],
     "plugins": [*STACK, *TORCH, *OTHERS, *HIGH],
     "core": [*STACK, *OTHERS, *HIGH, "transformers", *(f"openrlhf_gopo.{name}" for name in MIDDLE)],

@@ -11,6 +11,7 @@ are compared with. Flags have the names and meanings that they have in train_gop
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import sys
 from pathlib import Path
@@ -37,6 +38,10 @@ UPSTREAM = (
     *("train.full_determinism_enable", "vllm.num_engines", "vllm.tensor_parallel_size"),
     *("vllm.gpu_memory_utilization", "vllm.enable_prefix_caching", "vllm.enforce_eager", "ds.param_dtype"),
 )
+AT_LEAST_ONE = (
+    *("concurrency", "eval.n_samples_per_prompt", "data.max_len"),
+    *("vllm.num_engines", "vllm.tensor_parallel_size"),
+)
 # What changes the dialogues: an evaluation goes on only where all of it is as before.
 FIXED = (
     *("gopo.env", "gopo.data", "gopo.user", "gopo.max_turns", "gopo.reply_max_tokens", "gopo.labels"),
@@ -44,6 +49,7 @@ FIXED = (
     *("gopo.llm.temperature", "gopo.llm.max_new_tokens", "gopo.llm.extra_body", "gopo.reward"),
     *("rollout.top_p", "train.seed", "ds.param_dtype"),
 )
+JUDGED = ("temperature", "max_new_tokens", "extra_body", "rubric")  # the same, with --gopo.reward judge:
 
 
 def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -67,7 +73,7 @@ def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for action in upstream._actions:
         if action.dest in UPSTREAM:
             parser._add_action(action)
-    parser.set_defaults(**{"eval.n_samples_per_prompt": 1, "eval.temperature": 1.0})
+    parser.set_defaults(**{"eval.n_samples_per_prompt": 1, "eval.temperature": 1.0, "vllm.num_engines": 1})
     platform.adapt_flags(parser)
     return parser
 
@@ -85,20 +91,36 @@ def main(argv: list[str] | None = None) -> None:
         llm = LlmConfig(**{f.name: flat[f"gopo.llm.{f.name}"] for f in flags(LlmConfig)})
         judge = JudgeConfig(**{f.name: flat[f"gopo.judge.{f.name}"] for f in flags(JudgeConfig)})
         config = GopoConfig(**given, llm=llm, judge=judge)
-        for name in ("concurrency", "eval.n_samples_per_prompt", "data.max_len"):
+        for name in AT_LEAST_ONE:
             if flat[name] < 1:
                 raise ConfigError(f"--{name} {flat[name]}: give 1 or more")
         platform.activate()  # before transformers is imported
         from openrlhf_gopo.runtime.evaluation import Evaluation
 
-        fixed = {name: flat[name] for name in FIXED}
-        evaluation = Evaluation(_nested(flat), config, found, flat["out"], flat["split"], fixed)
+        evaluation = Evaluation(_nested(flat), config, found, flat["out"], flat["split"], _fixed(flat))
         status = _report(flat["out"], evaluation, _prices(flat["price"]))
-    except GopoError as error:
+    except (GopoError, OSError) as error:  # --out is a file, or the disk is full
         print(f"eval_gopo: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     if status:
         raise SystemExit(status)
+
+
+def _fixed(flat: dict[str, Any]) -> dict[str, Any]:
+    """What is kept beside the dialogues; of what may hold a key, or is a file, a digest."""
+    fixed = {name: flat[name] for name in FIXED}
+    if "judge:" in (flat["gopo.reward"] or ""):  # its scores are kept with the dialogues
+        fixed |= {f"gopo.judge.{name}": flat[f"gopo.judge.{name}"] for name in JUDGED}
+        rubric = flat["gopo.judge.rubric"]
+        fixed["gopo.judge.rubric"] = rubric and f"{rubric} ({_digest(Path(rubric).read_bytes())})"
+    for name in ("gopo.llm.extra_body", "gopo.judge.extra_body"):
+        if fixed.get(name):
+            fixed[name] = _digest(fixed[name].encode())
+    return fixed
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def _nested(flat: dict[str, Any]) -> SimpleNamespace:
@@ -135,7 +157,7 @@ def _report(out: Path, evaluation: Evaluation, prices: Prices | None) -> int:
         written = write_results(out, phases)
         written["costs"] = write_text(out / "costs.md", evaluation.costs(phases, prices))
         console = Console(soft_wrap=True)
-        console.print(written["table"].read_text(), markup=False)
+        console.print(written["table"].read_text(encoding="utf-8"), markup=False)
         for name, path in written.items():
             console.print(f"{name:>16}  {path}", markup=False)
     return (1 if phases else 2) if left_out else 0

@@ -162,11 +162,13 @@ def _export(args: argparse.Namespace) -> None:
     given = [name for name in SCRIPT if getattr(args, name) is not None]
     if args.logs is not None and given:
         raise ConfigError(f"--{given[0]} {getattr(args, given[0])}: steers the script; leave it out with --logs")
+    if args.dialogues is not None and args.dialogues < 1:
+        raise ConfigError(f"--dialogues {args.dialogues}: give 1 or more")
     platform.activate()  # before transformers is imported
-    from transformers import AutoTokenizer
+    from openrlhf_gopo.runtime.requests import load_tokenizer
 
     env = load_environment(args.env, args.data)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = load_tokenizer("--tokenizer", args.tokenizer)
     labels = list(choose_labels(tokenizer, env.catalogue_size(), args.labels))
     census: Counter[str] = Counter()
     if args.logs is None:

@@ -59,6 +59,12 @@ REPLACED = (
     "reward.model_name_or_path",
 )
 
+COUNTS = (
+    *("rollout.batch_size", "rollout.micro_batch_size", "train.batch_size", "train.micro_batch_size"),
+    *("train.max_epochs", "train.num_episodes", "data.max_samples", "eval.n_samples_per_prompt"),
+    *("vllm.tensor_parallel_size", "ds.tensor_parallel_size"),
+)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line: the usage of 200 flags would bury them."""
@@ -118,9 +124,7 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, GopoConfig]:
     for name in replaced:
         print(f"--{name} {flat[name]}: replaced by --gopo.env {config.env}", file=sys.stderr)
     own = {k: v for k, v in flat.items() if not k.startswith(("expert.", "gopo."))}
-    for name in ("rollout.batch_size", "rollout.micro_batch_size", "train.batch_size", "train.micro_batch_size"):
-        if own[name] < 1:  # upstream divides by them
-            raise ConfigError(f"--{name} {own[name]}: give 1 or more")
+    _check_counts(own)
     # Rewards come from the environment, in the rollout; upstream's name for that is an agent.
     own |= dict.fromkeys(REPLACED) | {"reward.remote_url": "agent"}
     args = upstream.validate(argparse.Namespace(**own))
@@ -128,6 +132,19 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, GopoConfig]:
     if platform.is_cpu():
         platform.check_flags(args)
     return args, config
+
+
+def _check_counts(flat: dict) -> None:
+    """Numbers of upstream's flags that it divides by or loops over, and does not look at itself."""
+    for name in COUNTS:
+        if flat[name] < 1:
+            raise ConfigError(f"--{name} {flat[name]}: give 1 or more")
+    for name in ("eval.steps", "ckpt.save_steps"):
+        if flat[name] < 1 and flat[name] != -1:
+            raise ConfigError(f"--{name} {flat[name]}: give 1 or more, or -1 for never")
+    share = flat["vllm.gpu_memory_utilization"]
+    if not 0 < share <= 1:
+        raise ConfigError(f"--vllm.gpu_memory_utilization {share}: give a share of the GPU's memory, in (0, 1]")
 
 
 def _take_remote_reward(flat: dict) -> None:
@@ -224,7 +241,7 @@ def _report(args: SimpleNamespace, config: GopoConfig, results: Path, phases: di
     console = Console(soft_wrap=True)
     console.rule(f"GOPO on {config.env}: done in {seconds / 60:.1f} min")
     if "table" in written:
-        console.print(written["table"].read_text(), markup=False)
+        console.print(written["table"].read_text(encoding="utf-8"), markup=False)
     roles = config.roles if config.own_expert else ("responder",)
     written |= {"trajectories": results / "trajectories.jsonl", "metrics": metrics}
     for name, path in ({role: Path(args.ckpt.output_dir) / role for role in roles} | written).items():

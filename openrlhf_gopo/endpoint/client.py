@@ -64,7 +64,7 @@ class Endpoint:
     """
 
     def __init__(self, given: str, model: str, url: str, config: LlmConfig) -> None:
-        self.given, self.model, self.url, self.config = given, model, _checked(given, model, url), config
+        self.given, self.model, self.url, self.config = given, model, checked_url(given, model, url), config
         self.flag = f"{given}:{model}@{self.url}"  # begins every message
         self.settings = f"--{config.prefix}"
         self.usage = Usage()
@@ -208,8 +208,12 @@ def request_seed(key: str) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
 
 
-def _checked(given: str, model: str, url: str) -> str:
-    """``url`` without a closing slash."""
+def checked_url(given: str, model: str, url: str) -> str:
+    """``url`` without a closing slash.
+
+    Raises:
+        ConfigError: it cannot be one, or holds more than a place.
+    """
     try:
         parts = httpx.URL(url)
     except (httpx.InvalidURL, UnicodeError):  # a lone surrogate, a label that IDNA refuses

@@ -83,4 +83,4 @@ class Shop(Environment):
         return len(self._catalogue)
 
     def start(self, goal: Goal, seed: int) -> ShopDialogue:
-        return ShopDialogue(goal, seed, self.max_turns, self._texts, self.voice(goal, seed))
+        return ShopDialogue(goal, seed, self._texts, self.voice(goal, seed))

@@ -31,12 +31,11 @@ _KNOWN = {"ask_use": {"need"}, "ask_budget": {"need"}, "recommend": {"use", "bud
 class ShopDialogue(Dialogue):
     """One customer at one desk; single use."""
 
-    def __init__(self, goal: Goal, seed: int, max_turns: int, texts: Texts, voice: Voice) -> None:
+    def __init__(self, goal: Goal, seed: int, texts: Texts, voice: Voice) -> None:
         self.goal = goal
         self._texts = texts
         self.user, self._voice, self._heard = voice.name, voice, ""
         self._key = f"{goal.id}/{seed}"
-        self._max_turns = max_turns
         self._task = TASKS[goal.intent]
         self._steps = self._task.steps_for(goal.data)
         self._sop = _DESKS[self._task.desk]
@@ -288,7 +287,7 @@ class ShopDialogue(Dialogue):
             return StopReason.COMPLETED if WRAPPED in self._marks else StopReason.CLOSED
         if self._user.gone:
             return StopReason.USER_LEFT
-        return StopReason.MAX_TURNS if len(self._history) >= self._max_turns else None
+        return None
 
 
 def _off_task(strategy: str) -> tuple[str, list[str]]:

@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from openrlhf_gopo.endpoint.client import checked_url
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.evaluation.scripted import ScriptedPolicy
 
@@ -130,10 +131,18 @@ def _half(text: str, part: str) -> Half:
         cases, _, inner = value.partition(":")
         if not cases or bool(inner) != (kind == "advised"):
             raise ConfigError(f"--policy {text}: half {part!r}: give memento:FILE, memento_q:FILE or advised:FILE:HALF")
-        return Half(kind, cases=cases) if kind != "advised" else replace(_half(text, inner), cases=cases)
+        if kind != "advised":
+            return Half(kind, cases=cases)
+        asked = _half(text, inner)
+        if asked.kind not in ("model", "endpoint"):
+            raise ConfigError(f"--policy {text}: advice is for a model or an endpoint, {inner!r} reads none")
+        return replace(asked, cases=cases)
     half = Half(kind, value) if kind in HALVES[1:] else Half("model", part)
-    if not part or (half.kind == "endpoint" and not re.fullmatch(r".+?@\w+://.+", value)):
+    place = re.fullmatch(r"(.+?)@(\w+://.+)", value) if half.kind == "endpoint" else None
+    if not part or (half.kind == "endpoint" and place is None):
         raise ConfigError(f"--policy {text}: half {part!r}: give a path, endpoint:MODEL@URL, scripted:SKILL or random")
+    if place is not None:  # here already: what it holds beside a place may be secret, and specs are kept
+        checked_url("--policy endpoint", place[1], place[2])
     if half.kind in SCRIPTS:
         half.script()
     return half

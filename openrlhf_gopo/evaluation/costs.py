@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from openrlhf_gopo.endpoint import Endpoint, Usage
+from openrlhf_gopo.errors import DataError
 from openrlhf_gopo.evaluation.endpoint import Prices
-from openrlhf_gopo.evaluation.tables import markdown
+from openrlhf_gopo.evaluation.tables import markdown, write_text
 from openrlhf_gopo.types import Trajectory
 
 NAME = "usage.json"
@@ -26,13 +27,21 @@ def add_usage(folder: Path, endpoints: Iterable[Endpoint], seconds: float) -> No
         for name, value in asdict(endpoint.usage).items():
             found[name] += value
     found["seconds"] += seconds
-    (folder / NAME).write_text(json.dumps(found) + "\n")
+    write_text(folder / NAME, json.dumps(found) + "\n")
 
 
 def read_usage(folder: Path) -> dict[str, float]:
-    """The fields of ``Usage``, and ``seconds``; 0 where nothing was played."""
+    """The fields of ``Usage``, and ``seconds``; 0 where nothing was played.
+
+    Raises:
+        DataError: the file is no JSON.
+    """
     path = folder / NAME
-    return asdict(Usage()) | {"seconds": 0.0} | (json.loads(path.read_text()) if path.exists() else {})
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); delete it, it holds sums of tokens and time only") from error
+    return asdict(Usage()) | {"seconds": 0.0} | found
 
 
 def cost_table(rows: Mapping[str, tuple[Sequence[Trajectory], Path]], prices: Prices | None) -> str:

@@ -46,7 +46,7 @@ class Metrics:
     def read(cls, path: str | os.PathLike[str]) -> Metrics:
         """Read a metrics file. A step written twice (a resumed run) keeps its last value; NaN and text are skipped.
 
-        The unfinished last line of a killed run is ignored.
+        The unfinished last line of a killed run is ignored, and so is an earlier run that wrote into the same file.
 
         Raises:
             DataError: the file is missing, or a line is no JSON object; names ``file:line``.
@@ -54,6 +54,8 @@ class Metrics:
         points: dict[str, dict[float, float]] = {}
         for index, record in enumerate(_records(Path(path))):
             step = record.get(STEP, index)
+            if step == 0 and "timing/imports" in record:  # what a run writes first, unless it goes on from a checkpoint
+                points.clear()
             for key, value in record.items():
                 if _is_finite(value):
                     points.setdefault(key, {})[step] = float(value)

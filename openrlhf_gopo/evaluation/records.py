@@ -27,9 +27,7 @@ class _BadField(Exception):
 
 
 def append_trajectory(path: str | os.PathLike[str], trajectory: Trajectory) -> None:
-    """Append one line, in a single write, so that writers sharing the file never interleave within a line.
-
-    A line left unfinished by a killed writer is closed first: the new record stays readable.
+    """Append one line, see ``append_line``.
 
     Raises:
         DataError: the goal holds a value that JSON cannot express.
@@ -42,6 +40,14 @@ def append_trajectory(path: str | os.PathLike[str], trajectory: Trajectory) -> N
             f"trajectory of goal {trajectory.goal.id!r}: {error}; "
             "keep context, facts and persona to strings, numbers, lists and maps, and put the rest in goal.data"
         ) from error
+    append_line(path, line)
+
+
+def append_line(path: str | os.PathLike[str], line: bytes) -> None:
+    """Append in a single write, so that writers sharing the file never interleave within a line.
+
+    A line left unfinished by a killed writer is closed first: the new one stays readable.
+    """
     with open(path, "ab+", buffering=0) as file:
         if file.seek(0, os.SEEK_END) > 0:
             file.seek(-1, os.SEEK_END)

@@ -16,6 +16,7 @@ import numpy as np
 from openrlhf_gopo.types import StopReason, Trajectory
 
 RESAMPLES = 2000
+BLOCK = 1 << 22  # draws at a time
 MAX_SLICE_VALUES = 12  # a persona key with more values than this gives no useful slices
 
 
@@ -83,8 +84,12 @@ def bootstrap(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0
     mean = float(array.mean())
     if array.size == 1:
         return Interval(mean, math.nan, math.nan, 1)
-    draws = np.random.default_rng(seed).integers(0, array.size, size=(resamples, array.size), dtype=np.int32)
-    low, high = np.percentile(array[draws].mean(axis=1), [2.5, 97.5])
+    rng, means = np.random.default_rng(seed), np.empty(resamples)
+    rows = max(BLOCK // array.size, 1)  # all at once would take 12 bytes a draw, 24 GB for a million goals
+    for start in range(0, resamples, rows):
+        size = (min(rows, resamples - start), array.size)
+        means[start : start + rows] = array[rng.integers(0, array.size, size=size, dtype=np.int32)].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
     return Interval(mean, float(low), float(high), array.size)
 
 

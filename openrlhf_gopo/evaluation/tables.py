@@ -149,13 +149,15 @@ def cell(interval: Interval | None, metric: str, p: float | None = None) -> str:
 
 def slice_grid(phases: Phases) -> Grid:
     """The main metrics of each slice, with a row for every policy that has dialogues in it."""
-    groups = {name: slices(trajectories) for name, trajectories in phases.items()}
     cells = []
-    for name in slices([trajectory for trajectories in phases.values() for trajectory in trajectories]):
-        for phase, by_slice in groups.items():
-            if name not in by_slice:
+    # Sliced all together: which keys give slices must not differ between the policies that are compared.
+    for name, members in slices([t for trajectories in phases.values() for t in trajectories]).items():
+        inside = set(map(id, members))
+        for phase, trajectories in phases.items():
+            mine = [trajectory for trajectory in trajectories if id(trajectory) in inside]
+            if not mine:
                 continue
-            summary = summarise(by_slice[name], metrics=SLICE_METRICS)
+            summary = summarise(mine, metrics=SLICE_METRICS)
             values = (cell(summary.metrics.get(metric), metric) for metric in SLICE_METRICS)
             cells.append([name, phase, str(summary.goals), str(summary.dialogues), *values])
     return ["slice", "policy", "goals", "dialogues", *map(title, SLICE_METRICS)], cells
@@ -172,16 +174,19 @@ def markdown(grid: Grid) -> str:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write ``text`` as it is, on every platform."""
+    """Write ``text`` as it is, on every platform, in one move: a full disk or a kill leaves the old file."""
     path = Path(path)
+    draft = path.with_name(path.name + ".tmp")
     # User text may hold lone surrogates, which UTF-8 cannot encode: show them escaped rather than fail.
-    path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+    draft.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+    draft.replace(path)
     return path
 
 
 def _escape(text: str) -> str:
     """No end of a cell, no link or image, no beginning of a tag; "p<0.001" is none, and is read in terminals, too."""
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text.replace("|", "\\|").replace("](", "]\\("))
+    text = re.sub(r"\\*\|", lambda bar: 2 * bar[0][:-1] + "\\|", text)  # a backslash before it would undo ours
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text.replace("](", "]\\("))
 
 
 def _numbers(interval: Interval | None) -> list[str]:

@@ -22,7 +22,9 @@ def _lines(trajectory: Trajectory) -> Iterator[str]:
     for turn in trajectory.turns:
         yield f"customer: {turn.user}"
         chance = turn.probabilities.get(turn.strategy, math.exp(turn.expert_logprob))
-        parts = ["forced" if turn.forced else f"{chance:.2f} among {len(turn.allowed)}"]
+        # A script or an endpoint tells no probability; a sampled choice among several never has log-probability 0.
+        known = bool(turn.probabilities) or turn.expert_logprob != 0
+        parts = ["forced" if turn.forced else f"{f'{chance:.2f} ' if known else ''}among {len(turn.allowed)}"]
         parts += [f"completed {', '.join(turn.completed)}"] if turn.completed else []
         parts += [f"engagement {turn.engagement:.2f}", *([] if turn.on_task else ["off task"]), *turn.events]
         yield f"  [{turn.strategy}: {'; '.join(parts)}]"

@@ -1,4 +1,7 @@
-"""What each role reads, as text. The constant part comes first, so that dialogues share its cached prefix."""
+"""What each role reads, as text. The constant part comes first, so that dialogues share its cached prefix.
+
+What customer and agent said is one line each: a line break in it could begin a line that another seems to have said.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def expert_system(
 
 def expert_turn(previous_reply: str | None, user: str) -> str:
     """What happened since the expert's last choice."""
-    return f"Customer: {user}" if previous_reply is None else f"Agent: {previous_reply}\nCustomer: {user}"
+    return single_turn(user) if previous_reply is None else f"Agent: {_line(previous_reply)}\n{single_turn(user)}"
 
 
 def responder_system(context: str) -> str:
@@ -46,7 +49,7 @@ def single_system(
 
 def single_turn(user: str) -> str:
     """The utterance to pick a strategy for; what was replied before stands in the same stream."""
-    return f"Customer: {user}"
+    return f"Customer: {_line(user)}"
 
 
 def single_order(strategy: Strategy, briefing: str) -> str:
@@ -56,4 +59,8 @@ def single_order(strategy: Strategy, briefing: str) -> str:
 
 def responder_turn(user: str, strategy: Strategy, briefing: str) -> str:
     """The utterance to answer, the strategy to answer under, and the facts that may be stated."""
-    return f"Customer: {user}\n{single_order(strategy, briefing)}"
+    return f"{single_turn(user)}\n{single_order(strategy, briefing)}"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.splitlines())

@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from openrlhf_gopo.config import GopoConfig, JudgeConfig
 from openrlhf_gopo.errors import ConfigError, DialogueError
 from openrlhf_gopo.plugins import find_callable
 from openrlhf_gopo.rewards.joint import METRICS, score
+from openrlhf_gopo.threads import in_thread
 from openrlhf_gopo.types import Trajectory
 
 FLAG = "--gopo.reward"
@@ -146,7 +146,8 @@ class Rewards:
         return self._collect(trajectory, pending)
 
     def _start(self, trajectory: Trajectory) -> list[Future[dict[str, float]]]:
-        return [_in_thread(partial(reward, trajectory)) for reward in self.further] if trajectory.turns else []
+        asked = self.further if trajectory.turns else ()
+        return [in_thread(partial(reward, trajectory), "gopo-reward") for reward in asked]
 
     def _collect(self, trajectory: Trajectory, pending: Sequence[Future[dict[str, float]]]) -> dict[str, float]:
         if not trajectory.turns:
@@ -157,21 +158,6 @@ class Rewards:
                 raise DialogueError(f"{reward.flag}: no answer in --gopo.reward_timeout {self.timeout:g} s; raise it")
             scores |= future.result()
         return scores
-
-
-def _in_thread(fn: Callable[[], dict[str, float]]) -> Future[dict[str, float]]:
-    """Run ``fn`` in a daemon thread of its own: one that hangs for ever keeps neither others nor the exit waiting."""
-    future: Future[dict[str, float]] = Future()
-    future.set_running_or_notify_cancel()
-
-    def work() -> None:
-        try:
-            future.set_result(fn())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="gopo-reward", daemon=True).start()
-    return future
 
 
 @lru_cache(maxsize=4)

@@ -48,6 +48,7 @@ def _finder(string: str) -> re.Pattern[str]:
     wanted = normalise(string)
     # Whole words only: A41 is not in A417, and $35 is neither in $350 nor in $35.50.
     before = rf"(?<!{_WORD})" if wanted[:1].isalnum() and not _CHARACTER.match(wanted) else ""
+    before += r"(?<!\d\.)" if wanted[:1].isdigit() else ""  # nor is 5 weeks in 2.5 weeks
     after = "" if _CHARACTER.fullmatch(wanted[-1:]) else rf"(?!{_WORD}|[.,:]\d)"
     return re.compile(before + re.escape(wanted) + after)
 
@@ -59,6 +60,8 @@ def mentions(text: str, string: str) -> bool:
     (True, False)
     >>> mentions("订单A5的价格是35元", "A5"), mentions("订单A5的价格是135元", "35元")
     (True, False)
+    >>> mentions("It takes 2.5 weeks.", "5 weeks"), mentions("In 2. 5 weeks", "5 weeks")
+    (False, True)
     """
     return _finder(string).search(normalise(text)) is not None
 

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +17,10 @@ from openrlhf_gopo.rewards.custom import Rewards
 from openrlhf_gopo.rewards.joint import score
 from openrlhf_gopo.rollout.agent import Agent, Case, Policy
 from openrlhf_gopo.rollout.gate import Gate
+from openrlhf_gopo.threads import in_thread
 from openrlhf_gopo.types import Goal, Outcome, StopReason, Trajectory, Turn
 
 T = TypeVar("T")
-
-# Environments that may block run here, one thread per waiting dialogue, so that no engine's event loop waits.
-_THREADS = ThreadPoolExecutor(max_workers=256, thread_name_prefix="gopo-env")
-
 
 BUILT_IN = Rewards()  # no reward beyond the built-in ones
 
@@ -93,9 +89,9 @@ class _Run:
         dialogue, observation = self.dialogue, self.dialogue.opening
         for _ in range(self.limits.max_turns or self.env.turn_limit(self.goal)):
             turn = Turn(user=observation.user, allowed=observation.allowed, strategy="", reply="")
-            turn.relevance = await self.call(dialogue.relevance)
+            relevance = await self.call(dialogue.relevance)
             with self._blame():
-                self._check_relevance(turn.relevance)
+                turn.relevance = self._checked_relevance(relevance)
             async with self.gate:
                 turn.version = self.gate.version
                 played = await self._play_turn(agent, turn)
@@ -147,7 +143,7 @@ class _Run:
         with self._blame():
             if not self.env.blocking:
                 return fn()
-            pending = asyncio.get_running_loop().run_in_executor(_THREADS, fn)
+            pending = asyncio.wrap_future(in_thread(fn, "gopo-env"))  # no engine's event loop waits
             try:
                 return await asyncio.wait_for(pending, self.limits.user_timeout)
             except asyncio.TimeoutError as error:
@@ -177,8 +173,9 @@ class _Run:
             raise DialogueError("the environment gave the dialogue up")
         if outcome.next is not None:
             self._check_allowed(outcome.next.allowed)
-        turn.events, turn.completed = outcome.events, outcome.completed
-        turn.engagement, turn.on_task = outcome.engagement, outcome.on_task
+        # Into Python's own types: an environment that counts with numpy would leave what JSON cannot express.
+        turn.events, turn.completed = tuple(map(str, outcome.events)), tuple(map(str, outcome.completed))
+        turn.engagement, turn.on_task = float(outcome.engagement), bool(outcome.on_task)
         self.trajectory.turns.append(turn)
 
     def _check_allowed(self, allowed: tuple[str, ...]) -> None:
@@ -186,7 +183,8 @@ class _Run:
         if strangers or not allowed or len(set(allowed)) < len(allowed):
             raise DialogueError(f"allowed {allowed} is empty, has a strategy twice, or has unknown ones {strangers}")
 
-    def _check_relevance(self, relevance: Mapping[str, int]) -> None:
-        bad = {s: grade for s, grade in relevance.items() if not 0 <= grade <= 3}
+    def _checked_relevance(self, relevance: Mapping[str, int]) -> dict[str, int]:
+        bad = {s: grade for s, grade in relevance.items() if grade not in (0, 1, 2, 3)}
         if bad:
             raise DialogueError(f"relevance {bad} not in 0..3")
+        return {strategy: int(grade) for strategy, grade in relevance.items()}

@@ -131,7 +131,7 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
             "from the last micro-batch of each step alone (DeepSpeed keeps no other); use --ds.zero_stage 3 or 0"
         )
     check_determinism(args, config)
-    if not args.vllm.num_engines:
+    if (args.vllm.num_engines or 0) < 1:
         raise ConfigError(f"--vllm.num_engines {args.vllm.num_engines}: dialogues need vLLM; give 1 or more")
     if args.algo.kl.target:
         raise ConfigError(
@@ -257,12 +257,13 @@ def _check_placement(args: SimpleNamespace, config: GopoConfig) -> None:
     if args.train.colocate_all:
         _check_same_gpus(args, config, roles)
     if args.train.colocate_all and not args.train.async_enable and len(roles) == 2:
-        share = args.vllm.gpu_memory_utilization
-        both = share + (config.expert_gpu_memory_utilization or share)
+        share, expert = args.vllm.gpu_memory_utilization, config.expert_gpu_memory_utilization
+        both = share + (expert or share)
         if both > 1:
+            own = f" and --gopo.expert_gpu_memory_utilization {expert}" if expert else ""
             raise ConfigError(
-                f"--vllm.gpu_memory_utilization {share}: with --train.colocate_all two engines share each GPU and ask "
-                f"for {both:.2f} of it; lower it below 0.5"
+                f"--vllm.gpu_memory_utilization {share}{own}: with --train.colocate_all two engines share each GPU and "
+                f"ask for {both:.2f} of it; lower {'them below 1 together' if expert else 'it below 0.5'}"
             )
 
 

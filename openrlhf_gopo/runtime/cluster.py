@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -11,6 +12,9 @@ from openrlhf_gopo import platform
 
 # What upstream gives every worker, unless the user has set it.
 UPSTREAM = {"TOKENIZERS_PARALLELISM": "true", "NCCL_DEBUG": "WARN", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
+
+
+logger = logging.getLogger(__name__)
 
 
 def init_ray(gpus: int, worker_logs: bool = False) -> None:
@@ -24,6 +28,13 @@ def init_ray(gpus: int, worker_logs: bool = False) -> None:
     runtime_env: dict[str, Any] = {"env_vars": env_vars}
     if not platform.is_cpu():
         ray.init(runtime_env=runtime_env, log_to_driver=worker_logs)
+        there = int(ray.cluster_resources().get("GPU", 0))
+        if there < gpus:  # no error: a cluster with an autoscaler grows
+            logger.warning(
+                "the groups and engines ask for %d GPUs, Ray has %d: waiting for more. If none will come, stop this "
+                "and give the groups fewer, or the same ones (--train.colocate_all)",
+                *(gpus, there),
+            )
         return
     platform.forks.start()  # workers inherit this process's environment, where it tells how to reach them
     cpu = platform.ray_runtime_env()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from openrlhf_gopo.evaluation.memento import CaseAdvice, CaseVote
 from openrlhf_gopo.evaluation.records import read_trajectories
 from openrlhf_gopo.evaluation.references import add_reference_scores
 from openrlhf_gopo.evaluation.run import Job, evaluate
+from openrlhf_gopo.evaluation.tables import write_text
 from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
 from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rollout.agent import Advice, Halves, Policy
@@ -85,6 +87,7 @@ class Evaluation:
                 played[contender.name] = self._dialogues(contender)
             except (GopoError, ray.exceptions.RayError) as error:
                 left_out[contender.name] = str(error)
+                self.engines.end()  # a dead one would fail the next policy, too
         self.engines.end()
         return played, left_out
 
@@ -147,9 +150,8 @@ class Evaluation:
         return half(expert) if expert == responder else Halves(half(expert), half(responder))
 
     def _remote(self, half: Half, advice: Advice | None, endpoints: list[Endpoint]) -> EndpointPolicy:
-        model, _, url = half.value.partition("@")
         llm = replace(self.config.llm, max_new_tokens=self.config.reply_max_tokens)
-        endpoint = Endpoint("--policy endpoint", model, url, llm)
+        endpoint = Endpoint.from_name("--policy", f"endpoint:{half.value}", llm)
         endpoints.append(endpoint)
         options = {"timeout": self.config.user_timeout, "seed": self.args.train.seed, "advice": advice}
         return EndpointPolicy(endpoint, names_only=self.config.names_only, **options)
@@ -195,13 +197,34 @@ class Evaluation:
 
     def _check_settings(self, contender: Contender, path: Path) -> None:
         now = {"policy": contender.spec, **{f"--{name}": value for name, value in self.fixed.items()}}
+        now |= {f"weights of {model}": weights_digest(Path(model)) for model in contender.models}
         if not path.exists():
-            path.write_text(json.dumps(now, indent=1) + "\n")
+            write_text(path, json.dumps(now, indent=1) + "\n")
             return
-        before = json.loads(path.read_text())
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path}: not JSON ({error}); give another --out, or delete the folder") from error
         for name, value in now.items():
             if before.get(name) != value:
                 raise ConfigError(
                     f"{path}: its dialogues were played with {name} {before.get(name)}, not {value}; give another "
                     "--out, or delete the folder"
                 )
+
+
+def weights_digest(model: Path) -> str | None:
+    """Tells whether a folder's weights are what they were; None for a name on a hub, whose weights are not looked at.
+
+    Of each file its name, its size and 256 blocks of 64 KiB: an optimizer step moves all of them.
+    """
+    files = sorted(p for p in model.glob("*") if p.suffix in (".safetensors", ".bin"))
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for offset in range(0, size, max(size // 256, 1 << 16)):
+                file.seek(offset)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16] if files else None

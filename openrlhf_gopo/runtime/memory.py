@@ -213,9 +213,11 @@ def engines_too_small(args: SimpleNamespace, config: GopoConfig, shapes: dict[st
         needs = (WEIGHTS * shape.parameters + 4 * shape.keys * shape.layers * args.data.max_len) / tp
         given = _engine_share(args, config, role) * (config.gpu_memory_gb or 0.0) * GIB
         if needs > given:
+            own = role == EXPERT and config.expert_gpu_memory_utilization
+            flag = "--gopo.expert_gpu_memory_utilization" if own else "--vllm.gpu_memory_utilization"
             yield (
                 f"{role}'s engine needs {needs / GIB:.1f} GiB of weights and one dialogue's keys and values, its share "
-                f"is {given / GIB:.1f} GiB: raise --vllm.gpu_memory_utilization or --vllm.tensor_parallel_size"
+                f"is {given / GIB:.1f} GiB: raise {flag} or --vllm.tensor_parallel_size"
             )
 
 

@@ -70,6 +70,7 @@ class GOPOSamplesGenerator(SamplesGenerator):
         self.trajectories = folder / "trajectories.jsonl"
         self._requests = self._rollouts = 0
         self._places: dict[str, int] = {}
+        self._causes: list[str | None] = []  # of every dialogue played for a batch: why it failed, None if it did not
         self._seed = spec.seed
         self.version = 0  # updates that the engines' weights have had; the trainer counts
 
@@ -80,12 +81,12 @@ class GOPOSamplesGenerator(SamplesGenerator):
             DialogueError: more dialogues failed than --gopo.max_failure_rate allows.
         """
         self._rollouts += 1
-        self._seed = self.spec.seed + self._rollouts
+        self._seed, self._causes = self.spec.seed + self._rollouts, []
         self.restarts.await_started()
         self._wake_expert()
         samples, rate, consumed, exhausted = super().generate_samples(**generate_kwargs)
         self._sleep_expert()
-        self._check_failures(samples)
+        self._check_failures()
         return samples, rate, consumed, exhausted
 
     def evaluate(self, path: Path, **generate_kwargs: Any) -> list[Trajectory]:
@@ -133,11 +134,12 @@ class GOPOSamplesGenerator(SamplesGenerator):
     ) -> list:
         samples = generate_kwargs.get("n_samples_per_prompt", self.args.rollout.n_samples_per_prompt)
         temperature = generate_kwargs.get("temperature", 1.0)
+        evaluating = generate_kwargs.get("probabilities", False)
         limits = replace(
             self.spec.limits,
             expert_temperature=temperature,
             responder_temperature=temperature,
-            probabilities=generate_kwargs.get("probabilities", False),
+            probabilities=evaluating,
         )
         config, refs = self.spec.config, []
         for goal in labels:
@@ -150,7 +152,8 @@ class GOPOSamplesGenerator(SamplesGenerator):
                 spec=self.spec.policy,
                 limits=limits,
                 seed=self._seed,
-                common_random_numbers=config.common_random_numbers,
+                # An evaluation's dialogues of one goal are averaged, not compared with each other.
+                common_random_numbers=config.common_random_numbers and not evaluating,
                 attempts=config.attempts,
                 rewards=RewardSpec.of(config),
                 deterministic=self.args.train.full_determinism_enable,
@@ -173,14 +176,17 @@ class GOPOSamplesGenerator(SamplesGenerator):
 
     def _process_response_into_experience(self, response: Trajectory, **generate_kwargs: Any) -> DialogueSample:
         append_trajectory(self.trajectories, response)
-        return DialogueSample.of(response, self.spec.reward_weights)
+        sample = DialogueSample.of(response, self.spec.reward_weights)
+        self._causes.append((response.cause or "unknown") if sample.quarantined else None)
+        return sample
 
-    def _check_failures(self, samples: list[DialogueSample]) -> None:
-        causes = [s.trajectory.cause for s in samples if s.quarantined]
-        if samples and len(causes) / len(samples) > self.spec.config.max_failure_rate:
+    def _check_failures(self) -> None:
+        """Over all that was played: dynamic filtering drops groups, and first of all those that failed."""
+        causes, played = [cause for cause in self._causes if cause is not None], len(self._causes)
+        if played and len(causes) / played > self.spec.config.max_failure_rate:
             cause, times = Counter(causes).most_common(1)[0]
             raise DialogueError(
-                f"{len(causes)} of {len(samples)} dialogues failed, more than --gopo.max_failure_rate "
+                f"{len(causes)} of {played} dialogues failed, more than --gopo.max_failure_rate "
                 f"{self.spec.config.max_failure_rate}; the commonest cause ({times} times): {cause}; tracebacks are in "
                 f"{self.trajectories}"
             )

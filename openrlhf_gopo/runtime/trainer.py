@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +17,10 @@ from tqdm import tqdm
 
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.envs import Environment
-from openrlhf_gopo.evaluation.records import read_trajectories
+from openrlhf_gopo.evaluation.records import append_line, read_trajectories
 from openrlhf_gopo.evaluation.references import add_reference_scores
 from openrlhf_gopo.evaluation.summary import summarise
+from openrlhf_gopo.evaluation.tables import write_text
 from openrlhf_gopo.evaluation.transcript import as_text
 from openrlhf_gopo.runtime.checkpoints.checkpoint import Checkpoints
 from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, GOPOExperienceMaker, ResponderExperienceMaker
@@ -162,7 +164,8 @@ class GOPOTrainer(BasePPOTrainer):
             position |= {"episode": batch.episode, "total_consumed_prompts": batch.consumed}
             position["global_step"] = global_step
             latest = self._close_step(status, position, batch)
-            bar.set_postfix(tse=f"{status['rollout/tse']:.1f}", success=f"{status['rollout/success']:.2f}")
+            shown = {name: status.get(f"rollout/{name}", math.nan) for name in ("tse", "success")}  # nan: all failed
+            bar.set_postfix(tse=f"{shown['tse']:.1f}", success=f"{shown['success']:.2f}")
             bar.update()
         bar.close()
         if evaluates:
@@ -240,9 +243,8 @@ class GOPOTrainer(BasePPOTrainer):
                 n_samples_per_prompt=self.args.eval.n_samples_per_prompt,
             )
         add_reference_scores(self.env, played)
-        (self.evaluations / f"step_{global_step:05d}.txt").write_text(
-            "\n\n".join(map(as_text, played[:EXAMPLES])) + "\n"
-        )
+        examples = "\n\n".join(map(as_text, played[:EXAMPLES])) + "\n"
+        write_text(self.evaluations / f"step_{global_step:05d}.txt", examples)
         summary = summarise(played)
         logs = {f"eval_{key}": interval.mean for key, interval in summary.metrics.items()}
         tse = summary.metrics.get("tse")
@@ -288,6 +290,5 @@ class GOPOTrainer(BasePPOTrainer):
     def log_metrics(self, global_step: int, status: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         record = {"global_step": global_step, "time": time.time(), **status}
-        with (self.results / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(self.results / "metrics.jsonl", json.dumps(record).encode("ascii") + b"\n")
         logger.debug("step %d: %s", global_step, status)

@@ -38,6 +38,7 @@ class LlmUser(UserSimulator):
 
     def __init__(self, endpoint: Endpoint, timeout: float) -> None:
         self.endpoint, self.timeout = endpoint, timeout
+        self._tried: dict[str, int] = {}  # wordings of a cue that all failed: answers are cached, so others are asked
 
     @classmethod
     def from_name(cls, name: str, config: LlmConfig, timeout: float) -> LlmUser:
@@ -56,12 +57,14 @@ class LlmUser(UserSimulator):
         """
         until = time.monotonic() + SHARE_OF_TIMEOUT * self.timeout
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": request(cue)}]
-        for wording in range(WORDINGS):
+        tried = self._tried.get(cue.key, 0)
+        for wording in range(tried, tried + WORDINGS):
             answer = self.endpoint.chat(messages, request_seed(f"{cue.key}/{wording}"), until)
             said = " ".join(answer.text.split())
             fault = _fault(cue, said, answer)
             if fault is None:
                 return said
+        self._tried[cue.key] = tried + WORDINGS
         raise DialogueError(
             f"{self.endpoint.flag}: {WORDINGS} wordings of {cue.draft!r} failed, the last {fault}: {said[:120]!r}; "
             "use a more capable model, or another --gopo.llm.temperature"

@@ -70,6 +70,45 @@ def test_it_goes_on_and_refuses_what_was_played_otherwise(tmp_path, capsys):
     assert (tmp_path / "policies" / "random" / "trajectories.jsonl").read_bytes() == after
 
 
+def test_it_refuses_weights_or_a_rubric_that_changed(tmp_path, server, capsys):
+    rubric = tmp_path / "rubric.txt"
+    server.answer = lambda body: '{"reason": "", "score": 5}'
+    judged = ("--gopo.reward", f"judge:m@{server.url}", "--gopo.judge.rubric", rubric)
+    secret = ("--gopo.llm.extra_body", '{"api_key": "s3cret"}')
+    rubric.write_text("Politeness.")
+    assert evaluate(tmp_path / "out", *policies("random"), *judged, *secret, goals=1) == 0
+    assert "s3cret" not in (tmp_path / "out" / "policies" / "random" / "settings.json").read_text()
+    rubric.write_text("Brevity.")
+    assert evaluate(tmp_path / "out", *policies("random"), *judged, *secret, goals=1) == 2
+    assert "--gopo.judge.rubric" in capsys.readouterr().err
+    (tmp_path / "out" / "policies" / "random" / "settings.json").write_text("")
+    assert evaluate(tmp_path / "out", *policies("random"), *judged, *secret, goals=1) == 2
+    assert "settings.json: not JSON" in capsys.readouterr().err
+
+
+def test_weights_are_known_by_what_they_hold(tmp_path):
+    from openrlhf_gopo.runtime.evaluation import weights_digest
+
+    assert weights_digest(tmp_path / "org" / "name") is None  # of a hub
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(range(256)) * (1 << 17))  # 32 MiB
+    assert weights_digest(tmp_path / "a") == weights_digest(tmp_path / "b")  # wherever it stands, whenever written
+    with (tmp_path / "b" / "model.safetensors").open("r+b") as file:
+        file.seek(1 << 20)
+        file.write(b"other" * 30_000)
+    assert weights_digest(tmp_path / "a") != weights_digest(tmp_path / "b")
+
+
+def test_a_gpu_machine_has_an_engine_unless_told_otherwise(monkeypatch):
+    from openrlhf_gopo.cli.eval_gopo import build_parser
+    from openrlhf_gopo.runtime.upstream.cli import UpstreamCli
+
+    monkeypatch.setenv("OPENRLHF_GOPO_CPU", "0")
+    parser = build_parser(UpstreamCli.load().parser)
+    assert parser.get_default("vllm.num_engines") == 1
+
+
 def test_a_policy_that_cannot_be_played_leaves_the_others_alone(tmp_path, capsys):
     dead = "dead=endpoint:m@http://127.0.0.1:9/v1"
     status = evaluate(tmp_path, *policies(dead, "random", "human"), "--gopo.llm.attempts", 1, goals=25)
@@ -135,6 +174,7 @@ def test_human_dialogues_pair_with_a_policys_goal_by_goal(tmp_path, capsys):
         ([], "--policy: give at least one"),
         (["--policy", "gpt-5"], "--policy gpt-5: give"),
         (["--policy", "random", "--concurrency", "0"], "--concurrency 0: give 1 or more"),
+        (["--policy", "random", "--vllm.num_engines", "0"], "--vllm.num_engines 0: give 1 or more"),
         (["--policy", "random", "--price", "cheap"], "--price cheap: give two numbers"),
         (["--policy", "random", "--gopo.reward", "nowhere.py:f"], "nowhere.py"),
         (["--policy", "pair:no/such/model,random"], "--policy no/such/model: no tokenizer there"),

@@ -391,6 +391,11 @@ def test_a_reward_that_fails_is_found_before_anything_starts(tokenizer, tmp_path
         ),
         ("--rollout.micro_batch_size 0", r"--rollout\.micro_batch_size 0: give 1 or more"),
         ("--train.batch_size -8", r"--train\.batch_size -8: give 1 or more"),
+        ("--train.num_episodes 0", r"--train\.num_episodes 0: give 1 or more"),
+        ("--ds.tensor_parallel_size 0", r"--ds\.tensor_parallel_size 0: give 1 or more"),
+        ("--eval.n_samples_per_prompt 0", r"--eval\.n_samples_per_prompt 0: give 1 or more"),
+        ("--eval.steps 0", r"--eval\.steps 0: give 1 or more, or -1 for never"),
+        ("--ckpt.save_steps 0", r"--ckpt\.save_steps 0: give 1 or more, or -1 for never"),
         ("--rollout.micro_batch_size 7", r"--rollout\.micro_batch_size 7: does not divide the 64 dialogues of a rank"),
         ("--train.micro_batch_size 7", r"--train\.micro_batch_size 7: does not divide the 64 dialogues of a rank"),
         (
@@ -468,7 +473,17 @@ def test_a_reward_that_fails_is_found_before_anything_starts(tokenizer, tmp_path
             r"--critic\.num_gpus_per_node 2: with --train\.colocate_all every group stands on the 1 GPUs of --actor",
         ),
         ("--train.colocate_all", r"--vllm\.gpu_memory_utilization 0\.95: .* two engines .* ask for 1\.90 of it; lower"),
+        (
+            "--train.colocate_all --vllm.gpu_memory_utilization 0.3 --gopo.expert_gpu_memory_utilization 0.8",
+            r"--vllm\.gpu_memory_utilization 0\.3 and --gopo\.expert_gpu_memory_utilization 0\.8: .* them below 1",
+        ),
+        ("--vllm.gpu_memory_utilization 0", r"--vllm\.gpu_memory_utilization 0\.0: give a share of the GPU's memory"),
+        (
+            "--gopo.expert_gpu_memory_utilization 1.5",
+            r"--gopo\.expert_gpu_memory_utilization 1\.5: give a share of the GPU's memory, in \(0, 1\]",
+        ),
         ("--vllm.num_engines 0", r"--vllm\.num_engines 0: dialogues need vLLM; give 1 or more"),
+        ("--vllm.num_engines -1", r"--vllm\.num_engines -1: dialogues need vLLM; give 1 or more"),
         # determinism
         (
             "--train.full_determinism_enable --vllm.enable_prefix_caching",

@@ -1,5 +1,6 @@
 """The environment ``shop``: what its agent and its customers see, and how hard it is."""
 
+import asyncio
 import dataclasses
 import pickle
 import random
@@ -17,7 +18,9 @@ from openrlhf_gopo.envs.shop_goals import FAMILIES, PERSONAS, UNSEEN_FAMILIES, U
 from openrlhf_gopo.envs.shop_tasks import TASKS
 from openrlhf_gopo.envs.shop_texts import load_texts
 from openrlhf_gopo.errors import ConfigError, DialogueError, SopError
+from openrlhf_gopo.evaluation.scripted import ScriptedPolicy
 from openrlhf_gopo.rewards import score
+from openrlhf_gopo.rollout.dialogue import Limits, run_dialogue
 from openrlhf_gopo.types import StopReason, Trajectory, Turn
 from openrlhf_gopo.users.agenda import REACTIONS, AgendaUser
 
@@ -284,12 +287,15 @@ def test_a_customer_whose_patience_is_out_leaves():
     assert len(played.turns) < 8
 
 
-def test_a_dialogue_ends_after_twelve_turns():
+@pytest.mark.parametrize("max_turns", [None, 5, 20])
+def test_a_dialogue_ends_after_twelve_turns_or_as_many_as_the_flag_says(max_turns):
     goal = find("address")
     goal = dataclasses.replace(goal, persona={**goal.persona, "patience": 99.0})
-    played = play(goal, lambda dialogue, allowed: "verify_identity", reply=lambda dialogue, strategy: "hm")
+    running = run_dialogue(ENV, goal, ScriptedPolicy(0.0, slip=1.0), Limits(max_turns=max_turns))
+    played = asyncio.run(running)
     assert played.stop is StopReason.MAX_TURNS
-    assert len(played.turns) == ENV.max_turns == 12
+    assert len(played.turns) == (max_turns or ENV.max_turns)
+    assert ENV.max_turns == 12
 
 
 # Determinism, errors

@@ -40,6 +40,19 @@ def test_metrics_are_read_by_step_and_the_last_value_of_a_step_counts(tmp_path):
     assert [metrics.get(key) for key in ("note", "flag", "expert/kl", "absent")] == [None] * 4
 
 
+def test_an_earlier_run_in_the_same_file_is_not_drawn(tmp_path):
+    start = {"global_step": 0, "timing/imports": 9.0}
+    old = [start, *({"global_step": step, "rollout/tse": 90} for step in range(1, 9))]
+    new = [start | {"timing/imports": 8.0}, {"global_step": 0, "eval_tse": 1}, {"global_step": 1, "rollout/tse": 5}]
+    metrics = Metrics.read(metrics_file(tmp_path, *old, *new))
+    assert metrics.series == {
+        "timing/imports": ([0], [8.0]),
+        "eval_tse": ([0], [1.0]),
+        "rollout/tse": ([1], [5.0]),
+        "global_step": ([0, 1], [0.0, 1.0]),
+    }
+
+
 @pytest.mark.parametrize(("content", "message"), [("{x\n{}\n", ":1: not JSON"), ("{}\n[]\n", ":2: expected a JSON")])
 def test_a_bad_metrics_line_is_named(tmp_path, content, message):
     with pytest.raises(DataError, match="metrics.jsonl" + message):

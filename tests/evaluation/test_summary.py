@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openrlhf_gopo.evaluation import summary as summary_module
 from openrlhf_gopo.evaluation.summary import bootstrap, metric_values, pass_power, slices, summarise
 from openrlhf_gopo.types import Goal, StopReason, Trajectory, Turn
 
@@ -42,6 +43,13 @@ def test_the_interval_has_the_width_that_theory_gives():
     interval = bootstrap([0.0, 1.0] * 100)
     assert interval.low == pytest.approx(0.5 - 0.0693, abs=0.008)
     assert interval.high == pytest.approx(0.5 + 0.0693, abs=0.008)
+
+
+def test_resamples_are_the_same_in_blocks(monkeypatch):
+    values = [float(i % 7) for i in range(50)]
+    whole = bootstrap(values)
+    monkeypatch.setattr(summary_module, "BLOCK", 333)  # six resamples at a time, and a rest
+    assert bootstrap(values) == whole
 
 
 def test_goals_are_resampled_and_not_dialogues():

@@ -3,7 +3,7 @@ import csv
 import pytest
 
 from openrlhf_gopo.evaluation.summary import Interval, summarise
-from openrlhf_gopo.evaluation.tables import Table, cell, slice_grid, write_text
+from openrlhf_gopo.evaluation.tables import Table, cell, markdown, slice_grid, write_text
 from openrlhf_gopo.types import Goal, StopReason, Trajectory, Turn
 
 
@@ -61,6 +61,30 @@ def test_names_cannot_break_the_tables(tmp_path):
     assert "| a\\|b &lt;b> ![x]\\(http://y) \\ud800 | 1 |" in text
     with found.write_csv(tmp_path / "table.csv").open(newline="", encoding="utf-8") as file:
         assert next(csv.DictReader(file))["policy"] == "a|b\n<b> ![x](http://y) \\ud800"
+
+
+def test_a_backslash_does_not_undo_the_escape_of_a_bar():
+    assert markdown((["a", "b"], [[r"x\|y", "z"]])).splitlines()[2] == r"| x\\\|y | z |"
+
+
+def test_a_file_is_replaced_in_one_move(tmp_path):
+    path = write_text(tmp_path / "table.md", "old")
+    (tmp_path / "table.md.tmp").mkdir()  # in the way of the new text, as a full disk is
+    with pytest.raises(IsADirectoryError):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_policies_are_sliced_by_the_same_keys():
+    """Who played the customers gives slices when it differs anywhere, not only within one policy."""
+
+    def by(user, goal):
+        played = dialogue(goal, 10)
+        played.user = user
+        return played
+
+    _, cells = slice_grid({"one": [by("agenda", "a")], "two": [by("llm", "a")]})
+    assert [row[:2] for row in cells if "user" in row[0]] == [["user: agenda", "one"], ["user: llm", "two"]]
 
 
 def test_a_table_of_nothing_is_refused():

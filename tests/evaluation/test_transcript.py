@@ -32,6 +32,11 @@ def test_every_turn_with_its_choice_and_what_came_of_it():
     )
 
 
+def test_an_unknown_probability_is_not_called_one():
+    scripted = Turn("I want my money", ("ask", "pay"), "ask", "Which order?")
+    assert "[ask: among 2;" in as_text(Trajectory(GOAL, 0, 0, [scripted]))
+
+
 def test_a_failed_dialogue_tells_why():
     trajectory = Trajectory(GOAL, 0, 0, error="Traceback\n  line\nValueError: no stock\n")
     assert as_text(trajectory).splitlines()[1:] == ["error: ValueError: no stock", "end: failed; not scored"]

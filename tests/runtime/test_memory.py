@@ -224,3 +224,7 @@ def test_the_report_says_whether_it_fits(tmp_path) -> None:
     assert "raise --vllm.gpu_memory_utilization or --vllm.tensor_parallel_size" in report(
         "--gopo.gpu_memory_gb 8 --vllm.gpu_memory_utilization 0.05"
     )
+    assert "expert's engine needs" in (
+        own := report("--gopo.gpu_memory_gb 8 --gopo.expert_gpu_memory_utilization 0.05")
+    )
+    assert "raise --gopo.expert_gpu_memory_utilization or" in own

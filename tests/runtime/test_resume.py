@@ -81,10 +81,15 @@ def test_no_secret_is_recorded():
         '{"api_key": "s3cret"}',
         "--gopo.user",
         "llm:m@http://me:s3cret@host/v1?key=s3cret",
+        "--gopo.judge.extra_body",
+        '{"api_key": "s3cret"}',
+        "--gopo.reward",
+        "remote:http://me:s3cret@host/p?token=s3cret",
     )
     found = flags(*secret, "--logger.wandb.key", "s3cret")
     assert "s3cret" not in json.dumps(found)
     assert found["gopo.user"] == "llm:m@http://host/v1"
+    assert found["gopo.reward"] == "remote:http://host/p"
 
 
 @pytest.fixture

@@ -8,10 +8,25 @@ pytest.importorskip("openrlhf")
 
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
+from openrlhf_gopo.config import GopoConfig
+from openrlhf_gopo.errors import DialogueError
+from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.runtime.restarts import Restarts
-from openrlhf_gopo.runtime.samples_generator import GOPOSamplesGenerator
+from openrlhf_gopo.runtime.samples_generator import GOPOSamplesGenerator, RolloutSpec
+from openrlhf_gopo.types import Goal, Trajectory
 
 pytestmark = pytest.mark.stack
+
+
+def generator_of(folder, of_each=2, engines=(), **flags):
+    args = SimpleNamespace(
+        rollout=SimpleNamespace(batch_size=4, n_samples_per_prompt=of_each),
+        vllm=SimpleNamespace(enable_sleep=False),
+        train=SimpleNamespace(async_enable=False, full_determinism_enable=False, partial_rollout_enable=False),
+    )
+    spec = RolloutSpec(None, TokenLimits(max_len=64, reply_max_tokens=8), {}, GopoConfig(env="shop", **flags), 7)
+    options = {"expert_engines": None, "restarts": Restarts({}), "spec": spec, "folder": folder}
+    return GOPOSamplesGenerator(SimpleNamespace(args=args), [], [], None, list(engines), **options)
 
 
 @pytest.mark.parametrize(
@@ -31,12 +46,37 @@ def test_an_evaluation_keeps_as_many_dialogues_in_flight_as_training(monkeypatch
         return [], 0, True
 
     monkeypatch.setattr(SamplesGenerator, "_generate_vllm", upstream)
-    args = SimpleNamespace(
-        rollout=SimpleNamespace(batch_size=4, n_samples_per_prompt=of_each),
-        vllm=SimpleNamespace(enable_sleep=False),
-        train=SimpleNamespace(async_enable=False),
-    )
-    options = {"expert_engines": None, "restarts": Restarts({}), "spec": SimpleNamespace(seed=7), "folder": tmp_path}
-    generator = GOPOSamplesGenerator(SimpleNamespace(args=args), [], [], None, [], **options)
-    generator.generate_eval_samples(**flags)
+    generator_of(tmp_path, of_each=of_each).generate_eval_samples(**flags)
     assert asked == [(goals, False, flags)]
+
+
+def test_failures_count_where_dynamic_filtering_drops_them(monkeypatch, tmp_path):
+    """A group in which all failed has no success: upstream's filter drops it, and would go through all goals."""
+    generator = generator_of(tmp_path, max_failure_rate=0.5)
+
+    def upstream(self, **generate_kwargs):
+        for number in range(4):
+            failed = Trajectory(Goal(f"g{number}", "refund", "", {"solve": 1.0}), 0, 0, error="OSError: down\n")
+            self._process_response_into_experience(failed)
+        return [], None, 4, True
+
+    monkeypatch.setattr(SamplesGenerator, "generate_samples", upstream)
+    with pytest.raises(DialogueError, match=r"4 of 4 dialogues failed.* \(4 times\): OSError: down"):
+        generator.generate_samples()
+    monkeypatch.setattr(SamplesGenerator, "generate_samples", lambda self, **_: ([], None, 0, True))
+    generator.generate_samples()  # the next batch begins anew
+
+
+@pytest.mark.parametrize(("flags", "common"), [({}, True), ({"probabilities": True}, False)])
+def test_common_random_numbers_are_for_training_alone(tmp_path, flags, common):
+    """What is averaged over the dialogues of a held-out goal needs customers of its own for each."""
+    asked = []
+
+    class Engine:
+        class generate_responses:
+            remote = staticmethod(lambda **call: asked.append(call["label"]))
+
+    generator = generator_of(tmp_path, engines=[Engine], common_random_numbers=True)
+    generator._dispatch_prompts_to_vllm(["g"], [Goal("g", "refund", "", {"solve": 1.0})], **flags)
+    assert [request.common_random_numbers for request in asked] == [common]
+    assert len({asked[0].dialogue_seed(sample) for sample in range(4)}) == (1 if common else 4)

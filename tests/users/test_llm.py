@@ -109,6 +109,16 @@ def test_words_that_do_not_keep_to_the_draft_are_asked_for_again(server, bad, wh
     assert len(str(caught.value)) < 600
 
 
+def test_a_dialogue_that_is_played_again_asks_for_other_words(server):
+    """Answers are cached, bad ones too: the same three seeds would fail again without a request."""
+    customer = user(server)
+    server.script.extend([Reply(body=completion("no number"))] * 3)
+    with pytest.raises(DialogueError):
+        customer.say(CUE)
+    assert customer.say(CUE) == "well, the order number is A5"
+    assert len({body["seed"] for body in server.bodies}) == 4
+
+
 def test_cut_words_are_asked_for_again(server):
     server.script.extend([Reply(body=completion("A5 is the number of the", finish="length"))])
     assert user(server).say(CUE) == "well, the order number is A5"

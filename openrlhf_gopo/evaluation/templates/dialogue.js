@@ -70,11 +70,12 @@ function folded(className, items, most, label) {
 // What the expert could choose and what it chose: bars where its probabilities are known.
 function choice(turn) {
   const view = make("div", "choice");
-  const p = turn.forced ? 1 : Math.exp(turn.expert_logprob);
   const unknown = !turn.allowed.length; // a log of human agents
+  // A script or an endpoint tells no probability; a sampled choice among several never has log-probability 0.
+  const told = turn.expert_logprob !== 0 || Object.keys(turn.probabilities).length;
   const fact = unknown ? "allowed set unknown" : turn.forced ? "forced: the only allowed strategy"
-    : "probability " + number(100 * p, 1) + "%, log p " + number(turn.expert_logprob, 3) + ", " +
-      turn.allowed.length + " allowed";
+    : (told ? "probability " + number(100 * Math.exp(turn.expert_logprob), 1) + "%, log p " +
+      number(turn.expert_logprob, 3) + ", " : "") + turn.allowed.length + " allowed";
   const head = make("div", "chips");
   head.append(named(turn, turn.strategy, "chip chosen"), make("span", "fact", fact));
   view.append(head);

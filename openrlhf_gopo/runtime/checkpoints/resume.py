@@ -29,7 +29,9 @@ BREAKING_OF_GROUP = ("model_name_or_path", "optim", "ranks")
 # Where the run stands and what it prints.
 NEUTRAL = re.compile(r"ckpt\.|logger\.|local_rank|gopo\.(worker_logs|dry_run|results_dir)|.*\.ranks$|.*use_wandb")
 # May hold a key, or much text that may.
-UNRECORDED = {"logger.wandb.key", "gopo.llm.extra_body", "gopo.llm.api_key_env"}
+UNRECORDED = {"logger.wandb.key"} | {
+    f"gopo.{name}.{field}" for name in ("llm", "judge") for field in ("extra_body", "api_key_env")
+}
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +46,9 @@ def recorded_flags(args: SimpleNamespace, config: GopoConfig) -> dict[str, Any]:
         groups["critic"] = args.critic
     flat = {n: v for n, v in flat.items() if n.split(".")[0] not in {"expert", "critic"} - groups.keys()}
     flat |= {f"{name}.ranks": group.num_nodes * group.num_gpus_per_node for name, group in groups.items()}
-    if flat.get("gopo.user"):
-        flat["gopo.user"] = re.sub(r"(?<=//)[^/@,]*@|\?[^,]*", "", flat["gopo.user"])
+    for name in ("gopo.user", "gopo.reward"):
+        if flat.get(name):
+            flat[name] = re.sub(r"(?<=//)[^/@,]*@|\?[^,]*", "", flat[name])
     return {name: value for name, value in sorted(flat.items()) if name not in UNRECORDED}
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from openrlhf_gopo.config import EXPERT
 from openrlhf_gopo.core.offline import action_coefficients
+from openrlhf_gopo.evaluation.records import append_line
 from openrlhf_gopo.runtime.models import RoleActor
 from openrlhf_gopo.runtime.offline.config import OfflineConfig
 from openrlhf_gopo.runtime.offline.data import Chunks, Sample, units
@@ -192,5 +193,4 @@ class OfflineTrainer(DPOTrainer):
 
     def _record(self, file: str, values: Mapping[str, Any]) -> None:
         if self.strategy.is_rank_0():
-            with (self.results / file).open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(values) + "\n")
+            append_line(self.results / file, json.dumps(values).encode("ascii") + b"\n")
