@@ -116,7 +116,8 @@ class GopoConfig:
     reward: str = flag(
         None,
         "further rewards, comma-separated: path/to/file.py:name, an entry point, judge:MODEL@URL (a language model of "
-        "OpenAI's API), remote:URL (as --reward.remote_url); each adds metrics that the two flags above may name",
+        "OpenAI's API), remote:URL (as --reward.remote_url); each adds metrics that --gopo.expert_reward and "
+        "--gopo.responder_reward of train_gopo may name",
         kind=str,
     )
     reward_timeout: float = flag(60.0, "seconds one reward of --gopo.reward may take before the dialogue fails")
@@ -153,7 +154,7 @@ class GopoConfig:
         "dialogues are played again. Beyond that, and with --train.async_enable or --vllm.sync_with_ray, the run ends; "
         "--ckpt.load_enable goes on",
     )
-    eval_goals: int = flag(64, "held-out goals of one evaluation (--eval.steps says when)")
+    eval_goals: int = flag(64, "held-out goals of one evaluation (in train_gopo --eval.steps says when)")
     expert_num_engines: int = flag(None, "vLLM engines of the expert; default: --vllm.num_engines", kind=int)
     expert_gpu_memory_utilization: float = flag(
         None, "vLLM memory share of an expert engine; default: --vllm.gpu_memory_utilization", kind=float

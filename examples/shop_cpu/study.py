@@ -55,7 +55,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 Row = dict[str, Any]
 # Learning rates: of the one model, or of expert and responder.
-RATES: dict[str, tuple[str, ...]] = {"PPO, single level": ("1e-4",), "GRPO, single level": ("1e-4",)}
+RATES: dict[str, tuple[str, ...]] = {"PPO, single level": ("3e-4",), "GRPO, single level": ("1e-4",)}
 TWO_LEVEL_RATES = ("3e-4", "1e-4")
 GRID = {1: [("3e-5",), ("1e-4",), ("3e-4",)], 2: [("1e-4", "1e-4"), ("3e-4", "1e-4"), ("1e-3", "1e-4")]}
 SEARCHED, TUNING_SEED = ("PPO, single level", "GRPO, single level", "GOPO"), 100

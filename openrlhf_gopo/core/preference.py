@@ -85,13 +85,16 @@ def trajectory_preference_loss(
     return -(gap**gap_weight) * ((1 - label_smoothing) * logsigmoid(x) + label_smoothing * logsigmoid(-x))
 
 
-def listwise_preference_loss(log_ratios: torch.Tensor, returns: torch.Tensor, *, beta: float) -> torch.Tensor:
+def listwise_preference_loss(
+    log_ratios: torch.Tensor, returns: torch.Tensor, *, beta: float, margin: float = 0.0
+) -> torch.Tensor:
     """Plackett-Luce loss of one group of K trajectories, a scalar: -(1/(K-1)) sum_k log p(k-th best | the rest).
 
-    Equal returns carry no preference: of those trajectories each competes only against strictly worse ones.
+    Equal returns carry no preference: each trajectory competes only against those that are worse by more than
+    ``margin``.
     """
     scores = beta * log_ratios
-    worse = returns.unsqueeze(0) < returns.unsqueeze(1)  # [i, j]: j is strictly worse than i
+    worse = returns.unsqueeze(1) - returns.unsqueeze(0) > margin  # [i, j]: j is worse than i
     rows = worse.any(dim=1)
     if not bool(rows.any()):
         return (scores * 0.0).sum()
@@ -133,7 +136,7 @@ def preference_coefficients(
             found = preference_pairs(returns[group], pairing="all" if pairing == "listwise" else pairing, margin=margin)
             pairs.append(group[found])
             if len(found) and pairing == "listwise":
-                terms.append(listwise_preference_loss(m[group], returns[group], beta=beta).reshape(1))
+                terms.append(listwise_preference_loss(m[group], returns[group], beta=beta, margin=margin).reshape(1))
             elif len(found):
                 terms.append(trajectory_preference_loss(m, returns, pairs[-1], beta=beta, **pair_options))
         loss = torch.cat(terms).mean() if terms else (m * 0.0).sum()

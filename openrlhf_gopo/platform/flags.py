@@ -56,7 +56,10 @@ def check_flags(args: Any) -> None:
     for flag, (wrong, remedy) in _IMPOSSIBLE.items():
         value = _lookup(args, flag)
         if value is not None and wrong(value):
-            raise ConfigError(f"--{flag} {value}: on CPU this {remedy}")
+            raise ConfigError(
+                f"--{flag} {value}: on CPU this {remedy} (or, for a dry run of a command for GPUs, set "
+                "OPENRLHF_GOPO_CPU=0)"
+            )
     if _lookup(args, "train.colocate_all") and _lookup(args, "vllm.sync_backend") == "nccl":
         raise ConfigError("--vllm.sync_backend nccl with --train.colocate_all: takes CUDA IPC; on CPU use gloo")
 

@@ -8,6 +8,8 @@ f_t in {0, 1}: the turn was on task; T: number of turns.
 
 from __future__ import annotations
 
+import math
+
 from openrlhf_gopo.errors import ConfigError, DialogueError
 from openrlhf_gopo.types import Trajectory
 
@@ -26,7 +28,8 @@ def progress(trajectory: Trajectory) -> float:
         raise DialogueError(
             f"goal {trajectory.goal.id}: completed {unknown[0]!r}, which is none of its subgoals {sorted(weights)}"
         )
-    return sum(weights[subgoal] for subgoal in trajectory.completed)
+    # fsum: the order in which subgoals were completed must not make a difference, however small.
+    return math.fsum(weights[subgoal] for subgoal in trajectory.completed)
 
 
 def focused_engagement(trajectory: Trajectory) -> float:

@@ -10,10 +10,10 @@ from typing import Any
 
 import ray
 import torch
-from openrlhf.trainer.ray import launcher, ppo_actor
+from openrlhf.trainer.ray import launcher, ppo_actor, ppo_critic
 
 from openrlhf_gopo.runtime.exact import ExactPreferenceTrainer
-from openrlhf_gopo.runtime.models import RoleActor, RolePPOTrainer, substituted
+from openrlhf_gopo.runtime.models import RoleActor, RoleCriticTrainer, RolePPOTrainer, substituted
 
 
 class _RolePolicy(ppo_actor.PolicyModelActor.__ray_metadata__.modified_class):
@@ -45,5 +45,12 @@ class _RoleReference(launcher.ReferenceModelActor.__ray_metadata__.modified_clas
             return super().forward(*args, **kwargs)
 
 
+class _RoleCritic(ppo_critic.CriticModelActor.__ray_metadata__.modified_class):
+    def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        with substituted(ppo_critic, CriticPPOTrainer=RoleCriticTrainer):
+            super().init_model_from_pretrained(*args, **kwargs)
+
+
 RolePolicyActor = ray.remote(num_gpus=1)(_RolePolicy)
 RoleReferenceActor = ray.remote(num_gpus=1)(_RoleReference)
+RoleCriticActor = ray.remote(num_gpus=1)(_RoleCritic)

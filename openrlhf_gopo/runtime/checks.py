@@ -161,7 +161,7 @@ def _check_asynchronous(args: SimpleNamespace) -> None:
     if args.algo.advantage.is_correction_level == "off":
         raise ConfigError(
             "--train.async_enable: dialogues are older than the weights that learn from them; add "
-            "--algo.advantage.is_correction_level token (or sequence, geometric)"
+            "--algo.advantage.is_correction_level token (or seq)"
         )
 
 
@@ -300,6 +300,11 @@ def _check_batches(args: SimpleNamespace, config: GopoConfig) -> None:
             raise ConfigError(
                 f"--rollout.batch_size {args.rollout.batch_size}: goals do not divide over the {ranks} ranks of "
                 f"--{name}.*; a group must stay whole on one rank"
+            )
+        if args.train.batch_size % ranks:
+            raise ConfigError(
+                f"--train.batch_size {args.train.batch_size}: does not divide over the {ranks} ranks of --{name}.*; "
+                "the rest would never be trained on"
             )
         if not args.train.dynamic_batch_enable:
             local = samples // ranks

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from openrlhf.trainer.ppo_utils import experience_maker
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+from openrlhf.trainer.ppo_utils.length_penalty import apply_length_penalties
 
 from openrlhf_gopo.config import EXPERT, GopoConfig
 from openrlhf_gopo.core.categorical import turn_of_actions
@@ -22,6 +24,7 @@ from openrlhf_gopo.core.preference import (
     trajectory_log_ratio,
 )
 from openrlhf_gopo.core.turn_level import gae, group_baseline, returns_to_go, unit_scale
+from openrlhf_gopo.runtime.models import substituted
 from openrlhf_gopo.runtime.samples import DialogueSample, to_experience
 
 
@@ -55,23 +58,9 @@ class GOPOExperienceMaker(RemoteExperienceMaker):
         self._samples: list[DialogueSample] = []
 
     def make_experience_batch(self, samples: list[DialogueSample]) -> list[Experience]:
-        """Experiences in upstream's micro-batches. A group is contiguous, so it stays whole on one rank.
-
-        A quarantined trajectory takes the mean return of the others of its group: no baseline moves by it, and its
-        empty action mask gives it no gradient.
-        """
+        """Experiences in upstream's micro-batches. A group is contiguous, so it stays whole on one rank."""
         self._samples = samples
-        size = self.args.rollout.n_samples_per_prompt
-        experiences = []
-        for start in range(0, len(samples), size):
-            group = [to_experience(s, self.role, self.num_labels) for s in samples[start : start + size]]
-            kept = [e.rewards for e in group if not e.info["quarantined"]]
-            mean = torch.cat(kept).mean() if kept else torch.zeros(())
-            for experience in group:
-                if experience.info["quarantined"]:
-                    experience.rewards = mean.reshape(1)
-            experiences += group
-        return super().make_experience_batch(experiences)
+        return super().make_experience_batch([to_experience(s, self.role, self.num_labels) for s in samples])
 
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
         """Upstream's forward passes. A sample without actions has mean KL 0, not 0/0.
@@ -96,16 +85,35 @@ class GOPOExperienceMaker(RemoteExperienceMaker):
         turns = [turn_of_actions(given["allowed"]) for e in experiences for given in e.mm_train_inputs]
         return Batch([self._samples[i] for i in order], masks, [int(mask.sum()) for mask in masks], turns, groups)
 
+    def _impute(self, experiences: list[Experience]) -> None:
+        """A quarantined trajectory takes the mean reward of the others of its group, and 0 where there are none.
+
+        So no mean moves by it (a group's standard deviation shrinks, by 7% with one of 8), and its empty action mask
+        gives it no gradient.
+        """
+        size = self.args.rollout.n_samples_per_prompt
+        goals = torch.tensor([int(i) // size for e in experiences for i in e.index])
+        failed = torch.cat([e.info["quarantined"] for e in experiences]).bool()
+        rewards = torch.cat([e.rewards for e in experiences])
+        for goal in goals[failed].unique():
+            kept = rewards[(goals == goal) & ~failed]
+            rewards[(goals == goal) & failed] = kept.mean() if len(kept) else 0.0
+        for experience, mine in zip(experiences, rewards.split([len(e.index) for e in experiences]), strict=True):
+            experience.rewards, experience.info["reward"] = mine, mine.clone()
+
+    def _kl_penalties(self, experiences: list[Experience], batch: Batch) -> torch.Tensor:
+        """What upstream subtracts from the reward of each action, (N,); zeros where KL is a loss."""
+        return self.kl_ctl.value * batch.gather([row for e in experiences for row in e.kl])
+
     def _attach(self, experiences: list[Experience], batch: Batch, values: torch.Tensor, returns: torch.Tensor) -> None:
-        """Scatter advantages, less the KL penalty to go where there is one, and critic targets; (N,) actions each."""
+        """Scatter advantages and critic targets; (N,) actions each."""
         rows = zip(batch.masks, values.split(batch.counts), returns.split(batch.counts), strict=True)
         for experience in experiences:
             experience.advantages = torch.zeros_like(experience.action_log_probs, dtype=torch.float32)
             experience.returns = torch.zeros_like(experience.advantages)
             for row in range(len(experience.advantages)):
                 mask, advantage, target = next(rows)
-                penalty = self.kl_ctl.value * experience.kl[row][mask].flip(0).cumsum(0).flip(0)
-                experience.advantages[row][mask] = (advantage - penalty).float()
+                experience.advantages[row][mask] = advantage.float()
                 experience.returns[row][mask] = target.float()
             experience.info["return"] = experience.rewards
             experience.kl = None
@@ -120,31 +128,45 @@ class ResponderExperienceMaker(GOPOExperienceMaker):
 
         gae runs over action tokens only, so that the user's words between two replies discount nothing; the other
         estimators subtract their baseline from each reply's return to go (``core.turn_level.group_baseline``), and all
-        of its tokens get the result. --reward.clip_range bounds every reply's reward; upstream's length penalties, one
-        per trajectory, are refused.
+        of its tokens get the result, less the KL penalty to go. As upstream, reinforce alone discounts (here from reply
+        to reply), and whitening comes last. --reward.clip_range bounds every reply's reward; upstream's length
+        penalties, one per trajectory, are refused.
         """
         if self.config.credit == "trajectory":
-            return super().compute_advantages_and_returns(experiences)
+            return self._upstreams(experiences)
+        self._impute(experiences)
         batch = self._batch(experiences)
+        penalties = self._kl_penalties(experiences, batch)
         spans = [[end - start for start, end in _spans(sample, self.role)] for sample in batch.samples]
         earned = torch.tensor([r for sample in batch.samples for r in sample.earned[self.role]], dtype=torch.float64)
         earned = earned.clamp(*self.args.reward.clip_range)
         tokens = torch.tensor([tokens for lengths in spans for tokens in lengths], dtype=torch.long)
         estimator, gamma = self.args.algo.advantage.estimator, self.args.algo.advantage.gamma
         if estimator == "gae":
-            rewards = torch.zeros(sum(batch.counts), dtype=torch.float64)
-            rewards[tokens.cumsum(0) - 1] = earned
+            rewards = -penalties
+            rewards[tokens.cumsum(0) - 1] += earned
             values = batch.gather([row for e in experiences for row in e.values])
             advantages = gae(rewards, values, batch.counts, gamma=gamma, lambd=self.args.algo.advantage.lambd)
             self._attach(experiences, batch, _whiten(advantages, self.args), advantages + values)
             return experiences
         replies = [len(lengths) for lengths in spans]
-        togo = group_baseline(returns_to_go(earned, replies), replies, batch.groups, estimator=estimator)
-        advantages = torch.repeat_interleave(togo, tokens)
+        gamma = gamma if estimator == "reinforce" else 1.0
+        togo = group_baseline(returns_to_go(earned, replies, gamma), replies, batch.groups, estimator=estimator)
+        advantages = torch.repeat_interleave(togo, tokens) - returns_to_go(penalties, batch.counts)
         if estimator in ("reinforce", "reinforce_baseline"):
             advantages = _whiten(advantages, self.args)
         self._attach(experiences, batch, advantages, advantages)
         return experiences
+
+    def _upstreams(self, experiences: list[Experience]) -> list[Experience]:
+        """Upstream's estimators; quarantined trajectories take their mean after its length penalties."""
+
+        def penalties(made: list[Experience], args: Any) -> None:
+            apply_length_penalties(made, args)
+            self._impute(made)
+
+        with substituted(experience_maker, apply_length_penalties=penalties):
+            return super().compute_advantages_and_returns(experiences)
 
 
 class ExpertExperienceMaker(GOPOExperienceMaker):
@@ -168,6 +190,7 @@ class ExpertExperienceMaker(GOPOExperienceMaker):
         Each term is scaled to unit root mean square over the batch, so that the coefficients compare; the KL penalty to
         go (when KL is not a loss) is subtracted as upstream subtracts it from its rewards.
         """
+        self._impute(experiences)
         batch = self._batch(experiences)
         preference = self._preference_term(experiences, batch)
         # With the exact trust region the actor adds this term itself, anew before every optimizer step.
@@ -177,6 +200,7 @@ class ExpertExperienceMaker(GOPOExperienceMaker):
         if self.config.expert_pg_coef > 0:
             turn_level, targets = self._turn_term(experiences, batch)
             advantages = advantages + self.config.expert_pg_coef * unit_scale(turn_level)
+        advantages = advantages - returns_to_go(self._kl_penalties(experiences, batch), batch.counts)
         self._attach(experiences, batch, advantages, targets)
         return experiences
 

@@ -12,7 +12,6 @@ import psutil
 import ray
 from openrlhf.trainer.ray import create_vllm_engines, vllm_engine
 from openrlhf.trainer.ray.launcher import RayActorGroup
-from openrlhf.trainer.ray.ppo_critic import CriticModelActor
 from openrlhf.utils import get_strategy, get_tokenizer
 from ray.util.placement_group import placement_group
 from transformers import set_seed
@@ -22,7 +21,7 @@ from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rewards.joint import parse_weights
 from openrlhf_gopo.rollout.sampled import TokenLimits
 from openrlhf_gopo.runtime import agent
-from openrlhf_gopo.runtime.actors import RolePolicyActor, RoleReferenceActor
+from openrlhf_gopo.runtime.actors import RoleCriticActor, RolePolicyActor, RoleReferenceActor
 from openrlhf_gopo.runtime.checkpoints.checkpoint import Checkpoints
 from openrlhf_gopo.runtime.checks import gpus_needed
 from openrlhf_gopo.runtime.cluster import init_ray
@@ -73,7 +72,7 @@ def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str,
     trainer = GOPOTrainer(strategy, roles, env, config, spec, tokenizers, labels, results, checkpoints)
     checkpoints.apply(roles)
     with watched(roles, args.ckpt.path):
-        load_models(roles, trainer.max_steps)
+        load_models(roles, {name: trainer.scheduled_steps(name) for name in roles})
         clock.append(time.time())
         parts = [after - before for before, after in pairwise(clock)]
         timings = dict(zip(("timing/imports", "timing/ray", "timing/models"), parts, strict=True))
@@ -137,7 +136,7 @@ def _place_role(role: Role, everything: Any, config: GopoConfig, *, policies: in
     if args.algo.kl.init_coef > 0:
         role.reference = group(args.ref, RoleReferenceActor, together, share)
     if args.critic.model_name_or_path:
-        role.critic = group(args.critic, CriticModelActor, everything, share if everything else 1)
+        role.critic = group(args.critic, RoleCriticActor, everything, share if everything else 1)
 
 
 def placement(gpus: int) -> Any:
@@ -175,10 +174,14 @@ def _engines(args: SimpleNamespace, model: str, everything: Any) -> list:
     )
 
 
-def load_models(roles: dict[str, Role], max_steps: int) -> None:
-    """Load every model. Engines are watched: one that dies meanwhile would hang the weight-sync group."""
+def load_models(roles: dict[str, Role], steps: dict[str, int]) -> None:
+    """Load every model; ``steps``: optimizer steps of each role, of which a shared model takes all.
+
+    Engines are watched: one that dies meanwhile would hang the weight-sync group.
+    """
     refs, deaths = [], []
     for role in {id(r.actor): r for r in roles.values()}.values():
+        max_steps = max(sum(steps[r.name] for r in roles.values() if r.actor is role.actor), 1)
         path = role.args.actor.model_name_or_path
         deaths += [engine.until_death.remote() for engine in role.engines]
         refs += role.actor.async_init_model_from_pretrained(role.strategy, path, max_steps, role.engines)
@@ -193,4 +196,4 @@ def load_models(roles: dict[str, Role], max_steps: int) -> None:
     for role in roles.values():
         if role.critic is not None:
             path = role.args.critic.model_name_or_path
-            ray.get(role.critic.async_init_model_from_pretrained(role.strategy, path, max_steps))
+            ray.get(role.critic.async_init_model_from_pretrained(role.strategy, path, max(steps[role.name], 1)))

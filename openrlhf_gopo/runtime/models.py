@@ -5,6 +5,7 @@ The allowed labels of a sample travel in ``Experience.mm_train_inputs``, upstrea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -14,7 +15,8 @@ import torch
 from openrlhf.models import Actor
 from openrlhf.models.ring_attn_utils import unpad_and_slice_tensor
 from openrlhf.models.utils import compute_entropy, log_probs_from_logits
-from openrlhf.trainer.ray import ppo_actor
+from openrlhf.trainer.ray import ppo_actor, ppo_critic
+from openrlhf.utils.loss_utils import get_loss_batch_info
 from openrlhf.utils.vlm_utils import merge_mm_train_inputs
 from peft import PeftModel
 
@@ -150,8 +152,16 @@ class RolePPOTrainer(ppo_actor.ActorPPOTrainer):
             # Upstream tells DeepSpeed of one backward pass a step, so ZeRO-1/2 would keep the last micro-batch alone.
             last = bool(self.replay_buffer.dynamic_optimizer_step[step])
             self.actor.model.set_gradient_accumulation_boundary(last)
+        loss_batch_info = loss_batch_info or get_loss_batch_info(
+            self.strategy,
+            experience.action_mask,
+            replay_buffer=self.replay_buffer,
+            step=step,
+            dynamic_batch=self.args.train.dynamic_batch_enable,
+        )
         with self.actor.choosing(experience.mm_train_inputs):
             status = super().training_step(experience, kl_ctl, step, loss_batch_info)
+        self._local_means(status, loss_batch_info)
         if status["num_action_tokens"] == 0:  # upstream divides by it, and its means over no action are nan
             status["num_action_tokens"] = 1e-9
             status["metrics"] = {
@@ -159,6 +169,15 @@ class RolePPOTrainer(ppo_actor.ActorPPOTrainer):
                 for name, value in status["metrics"].items()
             }
         return status
+
+    def _local_means(self, status: dict[str, Any], info: dict[str, Any]) -> None:
+        """Losses as means over the micro-batch's actions: upstream has shares of the optimizer step's mean here, and
+        then weighs them by actions as if they were means."""
+        names = ["entropy_loss", *(["kl"] if self.args.algo.kl.use_loss else [])]
+        names += ["policy_loss"] if self.actor_loss_fn.token_level_loss else []
+        factor = float(info["batch_num_tokens"]) / info["dp_size"] / max(status["num_action_tokens"], 1.0)
+        metrics = status["metrics"]
+        metrics |= {name: metrics[name] * factor for name in names if name in metrics}
 
     def broadcast_to_vllm(self) -> None:
         """Upstream's loop; of a model with LoRA it sees the merged weights under the base model's names."""
@@ -169,6 +188,16 @@ class RolePPOTrainer(ppo_actor.ActorPPOTrainer):
         zero = SimpleNamespace(zero=SimpleNamespace(GatheredParameters=merged.gathered))
         with substituted(self, actor=actor), substituted(ppo_actor, deepspeed=zero):
             super().broadcast_to_vllm()
+
+
+class RoleCriticTrainer(ppo_critic.CriticPPOTrainer):
+    """Upstream's critic, which divides by the number of actions: there may be none, of a micro-batch or of a step."""
+
+    def training_step(self, experience: Any, step: int, loss_batch_info: Any = None) -> dict[str, float]:
+        if loss_batch_info is not None:
+            loss_batch_info = loss_batch_info | {"batch_num_tokens": loss_batch_info["batch_num_tokens"].clamp(min=1.0)}
+        status = super().training_step(experience, step, loss_batch_info)
+        return {name: 0.0 if math.isnan(value) else value for name, value in status.items()}
 
 
 @contextmanager

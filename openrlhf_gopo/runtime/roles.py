@@ -101,6 +101,8 @@ def make_roles(args: SimpleNamespace, config: GopoConfig) -> dict[str, Role]:
     """The policy's roles, without models yet. With ``shared`` the expert is the responder's model in another role."""
     roles = {}
     for name in config.roles:
-        source = name if config.own_expert else RESPONDER
-        roles[name] = Role(name, role_strategy(role_args(args, source, config)))
+        own = role_args(args, name if config.own_expert else RESPONDER, config)
+        if not (config.expert_has_critic if name == EXPERT else args.critic.model_name_or_path):
+            own.critic.freezing_steps = -1  # of a critic that this role does not have
+        roles[name] = Role(name, role_strategy(own))
     return roles

@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 from openrlhf.trainer.ppo_trainer import BasePPOTrainer
-from openrlhf.trainer.ppo_utils.experience import balance_experiences
 from openrlhf.utils.logging_utils import init_logger
 from tqdm import tqdm
 
@@ -23,7 +22,7 @@ from openrlhf_gopo.evaluation.summary import summarise
 from openrlhf_gopo.evaluation.tables import write_text
 from openrlhf_gopo.evaluation.transcript import as_text
 from openrlhf_gopo.runtime.checkpoints.checkpoint import Checkpoints
-from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, GOPOExperienceMaker, ResponderExperienceMaker
+from openrlhf_gopo.runtime.learner import Learner
 from openrlhf_gopo.runtime.requests import Switch
 from openrlhf_gopo.runtime.restarts import Restarts
 from openrlhf_gopo.runtime.roles import Role
@@ -36,40 +35,6 @@ from openrlhf_gopo.types import Trajectory
 logger = init_logger(__name__)
 
 EXAMPLES = 8  # dialogues of an evaluation that are also written as text
-
-
-class Learner(BasePPOTrainer):
-    """One role's half of a step: experiences, update, weight sync. Everything but the maker is upstream's."""
-
-    def __init__(self, role: Role, config: GopoConfig, num_labels: int, tokenizer: Any, restarts: Restarts) -> None:
-        super().__init__(role.strategy, role.actor, role.critic, None, role.reference, role.engines, tokenizer)
-        self.role, self.of, self.restarts = role.name, role, restarts
-        decides = role.name == EXPERT or config.policy == "single_level"
-        groups = (role.actor, role.critic, None, role.reference, self.kl_ctl, role.strategy, tokenizer)
-        maker = ExpertExperienceMaker if role.name == EXPERT else ResponderExperienceMaker
-        self.experience_maker: GOPOExperienceMaker = maker(
-            *groups, role=role.name, num_labels=num_labels if decides else 0, config=config
-        )
-
-    def learn(self, samples: list[DialogueSample], global_step: int) -> dict[str, Any]:
-        """One update on ``samples``; returns the metrics of the role, prefixed with its name."""
-        start = time.time()
-        experiences = self.experience_maker.make_experience_batch(samples)
-        if self.args.train.dynamic_batch_enable:
-            experiences = balance_experiences(experiences, self.args)
-        made = time.time()
-        refs = self.actor_model_group.async_run_method_batch(method_name="append", experience=experiences)
-        if self.critic_model_group is not None:
-            refs += self.critic_model_group.async_run_method_batch(method_name="append", experience=experiences)
-        ray.get(refs)
-        status = {**self.ppo_train(global_step), **self.experience_maker.metrics}
-        status["time_experience"], status["time_update"] = made - start, time.time() - made
-        return {f"{self.role}/{key}": value for key, value in status.items()}
-
-    def broadcast_to_vllm(self) -> None:
-        """Upstream's, to engines that were started again too."""
-        with self.restarts.rejoined(self.of):
-            super().broadcast_to_vllm()
 
 
 class GOPOTrainer(BasePPOTrainer):
@@ -126,15 +91,14 @@ class GOPOTrainer(BasePPOTrainer):
             spec=spec,
             folder=results,
         )
-        batches = len(train) // self.args.rollout.batch_size
-        self.steps_per_episode = batches
-        updates = batches * self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt
-        steps = updates // self.args.train.batch_size * self.args.train.num_episodes * self.args.train.max_epochs
-        # One scheduler step per optimizer step of a model; a shared model takes those of both roles.
-        if config.schedule == "alternate" and config.own_expert:
-            self.max_steps = -(-steps // 2)
-        else:
-            self.max_steps = steps * (2 if config.sharing == "shared" and config.schedule == "joint" else 1)
+        self.steps_per_episode = len(train) // self.args.rollout.batch_size
+
+    def scheduled_steps(self, role: str) -> int:
+        """Optimizer steps that ``role`` takes in the whole run: what its learning-rate schedule spans."""
+        dialogues = self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt
+        of_each = dialogues // self.args.train.batch_size * self.args.train.max_epochs
+        steps = range(self.steps_per_episode * self.args.train.num_episodes)
+        return of_each * sum(role in self.config.learners(step) for step in steps)
 
     def fit(self, global_step: int = 0) -> dict[str, list[Trajectory]]:
         """Train for ``--train.num_episodes`` passes over the goals.
@@ -195,11 +159,15 @@ class GOPOTrainer(BasePPOTrainer):
         status = rollout_metrics(samples, self.config, self.num_labels, global_step)
         start = time.time()
         roles = self.config.learners(global_step)
-        # On devices of their own the roles learn at the same time; on the same devices, one after the other.
-        together = len(roles) if self.config.own_expert and not self.args.train.colocate_all else 1
-        with ThreadPoolExecutor(together) as pool:
-            for learned in pool.map(lambda role: self.learners[role].learn(samples, global_step), roles):
-                status.update(learned)
+        learners = [self.learners[role] for role in roles]
+        if self.config.own_expert:
+            # On devices of their own the roles learn at the same time; on the same devices, one after the other.
+            with ThreadPoolExecutor(1 if self.args.train.colocate_all else len(roles)) as pool:
+                for learned in pool.map(lambda one: one.update(one.experiences(samples), global_step), learners):
+                    status.update(learned)
+        else:  # one model in both roles: what it learns from is made before either role changes it
+            for learner, made in [(learner, learner.experiences(samples)) for learner in learners]:
+                status.update(learner.update(made, global_step))
         status["timing/learn"] = time.time() - start
         start = time.time()
         self._switch(roles, global_step + 1)

@@ -76,6 +76,15 @@ def test_a_pair_weighs_its_gap():
     assert metrics["pref_terms"] == 2
 
 
+def test_listwise_compares_what_differs_by_more_than_the_margin():
+    # Returns 1, 0.5, 0.499 at margin 0.1 and m = 0: the best alone competes, against both; -(1/2) log(1/3), whose
+    # gradient gives (1 - 1/3) / 2 = 1/3 to the best and -1/6 to each of the others.
+    returns = torch.tensor([1.0, 0.5, 0.499])
+    groups = [torch.arange(3)]
+    found, _ = preference_coefficients(torch.zeros(3), returns, groups, pairing="listwise", beta=1.0, margin=0.1)
+    assert found.tolist() == pytest.approx([1 / 3, -1 / 6, -1 / 6])
+
+
 def test_listwise_by_hand():
     # Best first: p = e^2/(e^2+e^1+e^0) * e^1/(e^1+e^0); the loss is -log p over K-1 = 2 choices.
     m = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)

@@ -49,7 +49,25 @@ def quarantined():
     return DialogueSample.of(sample.trajectory, WEIGHTS)
 
 
-def advantages(cls, role, samples, *, kl=0.0, values=None, estimator="group_norm", gamma=1.0, lambd=1.0, **config):
+def truncated():
+    sample = dialogue(("find",), ("refund",))
+    sample.trajectory.stop = StopReason.MAX_TOKENS
+    return DialogueSample.of(sample.trajectory, WEIGHTS)
+
+
+def advantages(
+    cls,
+    role,
+    samples,
+    *,
+    kl=0.0,
+    stop_penalty=None,
+    values=None,
+    estimator="group_norm",
+    gamma=1.0,
+    lambd=1.0,
+    **config,
+):
     """Advantages of the actions of each sample; ``kl`` per token and ``values`` (of every action alike) are given."""
     args = SimpleNamespace(
         algo=SimpleNamespace(
@@ -57,9 +75,7 @@ def advantages(cls, role, samples, *, kl=0.0, values=None, estimator="group_norm
             kl=SimpleNamespace(use_loss=False, init_coef=0.5),
         ),
         rollout=SimpleNamespace(n_samples_per_prompt=len(samples)),
-        reward=SimpleNamespace(
-            clip_range=(-10, 10), overlong_buffer_len=None, stop_properly_penalty_coef=None, overlong_penalty_factor=1
-        ),
+        reward=SimpleNamespace(clip_range=(-10, 10), overlong_buffer_len=None, stop_properly_penalty_coef=stop_penalty),
         ds=SimpleNamespace(ring_attn_size=1, tensor_parallel_size=1),
     )
     strategy = SimpleNamespace(args=args)
@@ -119,6 +135,33 @@ def test_gae_of_replies_skips_the_users_words():
     found, made = advantages(ResponderExperienceMaker, RESPONDER, [BOTH, BOTH], **options)
     assert found[0] == pytest.approx([0.275 - 0.43125, 0.55 - 0.43125, 0.3 - 0.43125, 0.6 - 0.43125])
     assert made[0].returns[made[0].action_mask.bool()].tolist() == pytest.approx([0.275, 0.55, 0.3, 0.6])
+
+
+def test_gae_of_replies_with_the_kl_penalty_among_the_rewards():
+    # As above, with 0.5 x 0.1 taken from every token's reward: A_3 = 0.55, A_2 = -0.05 + 0.275, A_1 = 0.35 + 0.1125,
+    # A_0 = -0.05 + 0.23125; their mean is 0.3546875.
+    options = {"estimator": "gae", "lambd": 0.5, "values": 0.0, "credit": "turn", "kl": 0.1}
+    found, made = advantages(ResponderExperienceMaker, RESPONDER, [BOTH, BOTH], **options)
+    assert found[0] == pytest.approx([a - 0.3546875 for a in (0.18125, 0.4625, 0.225, 0.55)])
+    assert made[0].returns[made[0].action_mask.bool()].tolist() == pytest.approx([0.18125, 0.4625, 0.225, 0.55])
+
+
+def test_reinforce_alone_discounts_from_reply_to_reply():
+    # Returns to go at gamma 1/2: (0.4 + 0.3, 0.6) and (0.2, 0.4); whitening subtracts their mean 0.475.
+    options = {"gamma": 0.5, "credit": "turn"}
+    found, _ = advantages(ResponderExperienceMaker, RESPONDER, [BOTH, HALF], estimator="reinforce", **options)
+    assert found[0] == pytest.approx([0.225, 0.225, 0.125, 0.125])
+    assert found[1] == pytest.approx([-0.275, -0.275, -0.075, -0.075])
+    found, _ = advantages(ResponderExperienceMaker, RESPONDER, [BOTH, HALF], estimator="dr_grpo", **options)
+    assert found[0] == pytest.approx([0.4, 0.4, 0.0, 0.0])
+
+
+def test_a_failed_dialogue_moves_no_mean_with_length_penalties_either():
+    # 1, and 1 that is cut off and so worth 0: the failed one stands at their mean 0.5, not at 1.
+    samples = [BOTH, truncated(), quarantined()]
+    found, made = advantages(ResponderExperienceMaker, RESPONDER, samples, estimator="dr_grpo", stop_penalty=0.0)
+    assert found == [pytest.approx([0.5] * 4), pytest.approx([-0.5] * 4), []]
+    assert [float(e.info["reward"]) for e in made] == [1.0, 0.0, 0.5]
 
 
 def test_the_turn_term_of_the_expert():

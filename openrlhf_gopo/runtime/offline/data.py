@@ -119,7 +119,8 @@ class Logs:
             allowed = turn.allowed or everything
             if turn.strategy in support:
                 kept = tuple(s for s in allowed if s in support)
-                turn.allowed, turn.forced = kept, turn.forced or len(kept) == 1
+                # What the SOP forbade is no decision either: were nothing left, all would seem allowed.
+                turn.allowed, turn.forced = kept, turn.forced or len(kept) <= 1 or turn.strategy not in kept
             elif turn.strategy in allowed and not turn.forced:
                 census["decisions left out: too rare in the logs"] += 1
                 turn.forced = True

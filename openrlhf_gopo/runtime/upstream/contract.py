@@ -91,6 +91,7 @@ SIGNATURES = {
     "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.make_experience": "self samples_list",
     "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.make_experience_batch": "self rollout_samples",
     "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.split_rollout_samples": "self rollout_samples",
+    "openrlhf.trainer.ppo_utils.experience_maker:apply_length_penalties": "experiences args",
     "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator.__init__": (
         "self strategy prompts_dataloader eval_dataloader tokenizer vllm_engines"
     ),
@@ -130,6 +131,7 @@ SIGNATURES = {
     "openrlhf.trainer.ray.ppo_actor:PolicyModelActor.save_checkpoint": (
         "self tag client_states metric_value metric_key"
     ),
+    "openrlhf.trainer.ray.ppo_critic:CriticPPOTrainer.training_step": "self experience step loss_batch_info",
     "openrlhf.trainer.ray.ppo_critic:CriticModelActor.init_model_from_pretrained": "self strategy pretrain max_steps",
     "openrlhf.trainer.ray.ppo_critic:CriticModelActor.save_checkpoint": "self tag metric_value metric_key",
     "openrlhf.trainer.ray.vllm_engine:RolloutRayActor.generate": (
@@ -172,6 +174,9 @@ SIGNATURES = {
     ),
     "openrlhf.utils.vlm_utils:merge_mm_train_inputs": "mm_train_inputs_list device",
     "openrlhf.utils:get_strategy": "args",
+    "openrlhf.utils.loss_utils:get_loss_batch_info": (
+        "strategy loss_mask replay_buffer step dynamic_batch batch_num_tokens global_batch_size"
+    ),
     "openrlhf.utils:get_tokenizer": "pretrain model padding_side strategy use_fast",
 }
 EXPERIENCE = (
@@ -186,9 +191,11 @@ FLAGS = {
         "entropy_coef eps_clip eps_clip_low_high loss_agg_mode model_name_or_path num_gpus_per_node num_nodes "
         "policy_loss_type"
     ),
-    "algo": "advantage.estimator advantage.gamma advantage.lambd advantage.no_std_norm kl.init_coef kl.target",
+    "algo": (
+        "advantage.estimator advantage.gamma advantage.lambd advantage.no_std_norm kl.init_coef kl.target kl.use_loss"
+    ),
     "ckpt": "disable_ds load_enable max_mem max_num output_dir path save_hf save_steps",
-    "critic": "model_name_or_path num_gpus_per_node num_nodes save_value_network",
+    "critic": "freezing_steps model_name_or_path num_gpus_per_node num_nodes save_value_network",
     "data": "disable_fast_tokenizer max_images_per_prompt max_len max_samples prompt_dataset",
     "ds": (
         "adam_offload attn_implementation enable_sleep experts_implementation load_in_4bit lora.rank "
