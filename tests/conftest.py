@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy
 
 from .http_server import Server
 
 ROOT = Path(__file__).parents[1]
+
+# No property is about time, and a busy machine takes long for any example.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture

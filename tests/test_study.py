@@ -62,7 +62,7 @@ def finished(study, args):
     for marker in (models / "warmed", models / "warm_single" / "config.json"):
         marker.write_text("")
     for seed in args.seeds:
-        out = args.out / f"gopo_lr3e-4_1e-4_seed{seed}"
+        out = args.out / f"gopo_16updates_lr3e-4_1e-4_seed{seed}"
         (out / "results" / "eval").mkdir(parents=True)
         means = []
         for step, skill in ((0, 0.0), (16, 1.0)):
@@ -137,7 +137,7 @@ def test_the_search_takes_the_return_of_the_last_updates(study, args, monkeypatc
         (args.out / "models" / warm).write_text("")
 
     def train(brief, variant, seed, rates):  # instead of hours of training: what it would leave
-        assert (brief.goals, seed) == (16, study.TUNING_SEED)
+        assert (brief.goals, brief.updates, seed) == (16, study.SEARCH_UPDATES, study.TUNING_SEED)
         out = args.out / f"{variant}_{'_'.join(rates)}"
         (out / "results").mkdir(parents=True)
         good = 1.0 if rates == study.GRID[len(rates)][1] else 0.0
@@ -149,7 +149,7 @@ def test_the_search_takes_the_return_of_the_last_updates(study, args, monkeypatc
 
     monkeypatch.setattr(study, "train", train)
     study.search(args)
-    rows = [cells_of(line) for line in args.record.with_suffix(".md").read_text().splitlines()[2:]]
+    rows = [cells_of(line) for line in args.record.with_suffix(".md").read_text().splitlines()[4:]]
     assert len(rows) == 9
     assert rows[0] == ["PPO, single level", "3e-5", "0.900"]
     assert rows[7] == ["GOPO", "3e-4, 1e-4", "**1.400**"]

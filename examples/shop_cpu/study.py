@@ -9,9 +9,9 @@ of ``VARIANTS`` trains from there with every seed on ``--updates`` x 64 dialogue
 What finished goes into ``--record``, a JSON file, and beside it a table and a plot; what it holds is not run again.
 So a study can be stopped, go on, and be carried to another machine, seed by seed.
 
-``--search`` tunes the learning rate of every method with a seed of its own (``TUNING_SEED``): each gets as many tries,
-and the rate with the highest joint return over the last quarter of its updates wins. ``RATES`` holds what it found;
-what a search finds elsewhere goes into the record, and into ``RATES`` by hand.
+``--search`` tunes the learning rate of every method with a seed of its own (``TUNING_SEED``), on ``SEARCH_UPDATES``:
+each gets as many tries, and the rate with the highest joint return over the last quarter of its updates wins. ``RATES``
+holds what it found; what a search finds elsewhere goes into the record, and into ``RATES`` by hand.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ Row = dict[str, Any]
 RATES: dict[str, tuple[str, ...]] = {"PPO, single level": ("3e-4",), "GRPO, single level": ("1e-4",)}
 TWO_LEVEL_RATES = ("3e-4", "1e-4")
 GRID = {1: [("3e-5",), ("1e-4",), ("3e-4",)], 2: [("1e-4", "1e-4"), ("3e-4", "1e-4"), ("1e-3", "1e-4")]}
-SEARCHED, TUNING_SEED = ("PPO, single level", "GRPO, single level", "GOPO"), 100
+SEARCHED = ("PPO, single level", "GRPO, single level", "GOPO")
+TUNING_SEED, SEARCH_UPDATES = 100, 8
 
 
 def rates_of(variant: str) -> tuple[str, ...]:
@@ -140,7 +141,7 @@ def warm_start(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, variant: str, seed: int, rates: Sequence[str]) -> Path:
     """One run, if it is not there; returns its folder."""
     name = variant.lower().replace(", ", "_").replace(" ", "_")
-    out = args.out / f"{name}_lr{'_'.join(rates)}_seed{seed}"
+    out = args.out / f"{name}_{args.updates}updates_lr{'_'.join(rates)}_seed{seed}"
     arguments = command(variant, rates, seed, out, args)
     threads = str(max((os.cpu_count() or 1) // args.jobs, 1))
     run(f"{variant}, lr {' '.join(rates)}, seed {seed}", arguments, out, done(out), OMP_NUM_THREADS=threads)
@@ -157,7 +158,7 @@ def search(args: argparse.Namespace) -> None:
     recorded(args)
     warm_start(args)
     tries = [(name, rates) for name in SEARCHED for rates in GRID[1 if "single level" in name else 2]]
-    brief = argparse.Namespace(**vars(args) | {"goals": 16})  # its evaluations are not looked at
+    brief = argparse.Namespace(**vars(args) | {"updates": SEARCH_UPDATES, "goals": 16})  # evaluations are not looked at
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = [pool.submit(train, brief, name, TUNING_SEED, rates) for name, rates in tries]
     found: list[Row] = []
@@ -220,7 +221,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="the study's JSON file; default: study.json under --out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--updates", type=int, default=8)
+    parser.add_argument("--updates", type=int, default=16)
     parser.add_argument("--goals", type=int, default=200, help="held-out goals of an evaluation")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--search", action="store_true", help="tune the learning rates instead")

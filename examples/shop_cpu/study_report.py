@@ -81,7 +81,8 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def searched(tries: Sequence[Row]) -> list[str]:
     """What the search found, with the best of each method in bold."""
-    lines = ["", "| method | learning rates | joint return |", "|---|---|---|"]
+    lines = ["", "Learning rates that were tried, with a seed of its own:"]
+    lines += ["", "| method | learning rates | joint return |", "|---|---|---|"]
     for found in tries:
         best = max(other["joint"] for other in tries if other["variant"] == found["variant"])
         joint = f"**{found['joint']:.3f}**" if found["joint"] == best else f"{found['joint']:.3f}"

@@ -11,7 +11,6 @@ dialogue id decides. Left out: dialogues without a turn after the customer's fir
 
 from __future__ import annotations
 
-import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -102,8 +101,8 @@ class Abcd(Environment):
             ConfigError: ``goal`` is not one of this environment's.
         """
         case = self.case(goal)
-        rng = random.Random(f"{goal.id}/{seed}")
-        user = ReplayUser(case.said, self._pools[goal.intent], self._everyone, rng, asked=self._everyone)
+        pool, key = self._pools[goal.intent], f"{goal.id}/{seed}"
+        user = ReplayUser(case.said, pool, self._everyone, key, asked=self._everyone)
         return AbcdDialogue(goal, case, self._procedure(goal), user, self._spoken, self.voice(goal, seed))
 
     def _procedure(self, goal: Goal) -> FlowProcedure:

@@ -14,7 +14,6 @@ out: dialogues without a goal, without a user's word, or with a search that the 
 
 from __future__ import annotations
 
-import random
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,7 +97,7 @@ class Multiwoz(Environment):
             ConfigError: ``goal`` is not one of this environment's.
         """
         case = self.case(goal)
-        user = ReplayUser(case.said, self._pool, self._pool, random.Random(f"{goal.id}/{seed}"))
+        user = ReplayUser(case.said, self._pool, self._pool, f"{goal.id}/{seed}")
         return MultiwozDialogue(goal, case, self._sop, self.database, user, self.voice(goal, seed))
 
     def _add(self, record: Record) -> None:

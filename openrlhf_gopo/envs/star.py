@@ -16,7 +16,6 @@ that fit, are cut from a goal. ``Star.census`` counts all of it.
 
 from __future__ import annotations
 
-import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -94,8 +93,7 @@ class Star(Environment):
             ConfigError: ``goal`` is not one of this environment's.
         """
         script, manual = self.script(goal)
-        rng = random.Random(f"{goal.id}/{seed}")
-        user = ReplayUser(script.said, self._pools[goal.intent], self._everyone, rng)
+        user = ReplayUser(script.said, self._pools[goal.intent], self._everyone, f"{goal.id}/{seed}")
         return StarDialogue(goal, script, manual, user, self.voice(goal, seed))
 
     def script(self, goal: Goal) -> tuple[Script, Manual]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -115,15 +115,15 @@ class ReplayUser:
     """One user in one dialogue: ``said`` is the goal's own dialogue after the opening, ``pool`` its task's.
 
     ``everyone`` (all tasks) stands in where the task's users never reacted so. ``asked``: whose answers to questions
-    may be borrowed (``pool`` when None). ``rng`` is the only source of chance.
+    may be borrowed (``pool`` when None). ``key`` of goal and seed decides what chance decides: the n-th line that is
+    borrowed for a purpose is the same in every dialogue with that key, whatever was said between.
     """
 
-    def __init__(
-        self, said: Sequence[Said], pool: Pool, everyone: Pool, rng: random.Random, asked: Pool | None = None
-    ) -> None:
-        self._said, self._pool, self._everyone, self._rng = said, pool, everyone, rng
+    def __init__(self, said: Sequence[Said], pool: Pool, everyone: Pool, key: str, asked: Pool | None = None) -> None:
+        self._said, self._pool, self._everyone, self._key = said, pool, everyone, key
         self._asked = asked or pool
         self._used: set[int] = set()
+        self._drawn: Counter[str] = Counter()
 
     def tell(self, strategy: str, slots: Sequence[str], values: Mapping[str, str]) -> Answer:
         """Answer a question for ``slots``; always tells them. Own words that leave some out get their bare values."""
@@ -135,7 +135,7 @@ class ReplayUser:
             rest = [values[slot] for slot in slots if slot not in own.tells]
             return Answer(", ".join([own.text, *rest]), own.source, own.tells | wanted)
         lines = [entry for entry in self._asked.after.get(strategy, ()) if wanted == set(dict(entry.values))]
-        borrowed = self._borrow(lines, {slot: values[slot] for slot in slots}, wanted)
+        borrowed = self._borrow(lines, {slot: values[slot] for slot in slots}, wanted, strategy)
         return borrowed or Answer(", ".join(values[slot] for slot in slots), "value", wanted)
 
     def react(self, strategy: str, segment: int, values: Mapping[str, str], *, fits: bool = False) -> Answer:
@@ -147,7 +147,7 @@ class ReplayUser:
         if own is not None:
             return own
         lines = [entry for entry in self._pool.after.get(strategy, ()) if not entry.values]
-        answer = self._borrow(lines, values, frozenset())
+        answer = self._borrow(lines, values, frozenset(), strategy)
         return answer or (self.acknowledge() if fits else self.complain())
 
     def go_on(self, strategy: str, segment: int, values: Mapping[str, str], early: Sequence[int] = ()) -> Answer:
@@ -197,10 +197,16 @@ class ReplayUser:
         said = self._said[indices[0]]
         return Answer(said.text, "own", said.tells)
 
-    def _borrow(self, lines: Sequence[Line], values: Mapping[str, str], tells: frozenset[str]) -> Answer | None:
+    def _borrow(
+        self, lines: Sequence[Line], values: Mapping[str, str], tells: frozenset[str], strategy: str
+    ) -> Answer | None:
         texts = [text for entry in lines if (text := entry.adapted(values)) is not None]
-        return Answer(self._rng.choice(texts), "pool", tells) if texts else None
+        return Answer(self._choice(f"after {strategy}", texts), "pool", tells) if texts else None
 
     def _any(self, kind: str) -> Answer:
         texts = getattr(self._pool, kind) or getattr(self._everyone, kind) or [FALLBACK[kind]]
-        return Answer(self._rng.choice(texts), "generic")
+        return Answer(self._choice(kind, texts), "generic")
+
+    def _choice(self, purpose: str, texts: Sequence[str]) -> str:
+        self._drawn[purpose] += 1
+        return random.Random(f"{self._key}/{purpose}/{self._drawn[purpose]}").choice(texts)

@@ -92,6 +92,7 @@ SIGNATURES = {
     "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.make_experience_batch": "self rollout_samples",
     "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.split_rollout_samples": "self rollout_samples",
     "openrlhf.trainer.ppo_utils.experience_maker:apply_length_penalties": "experiences args",
+    "openrlhf.trainer.ppo_utils.length_penalty:apply_length_penalties": "experiences args",
     "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator.__init__": (
         "self strategy prompts_dataloader eval_dataloader tokenizer vllm_engines"
     ),
