@@ -110,9 +110,11 @@ def _fixed(flat: dict[str, Any]) -> dict[str, Any]:
     """What is kept beside the dialogues; of what may hold a key, or is a file, a digest."""
     fixed = {name: flat[name] for name in FIXED}
     if "judge:" in (flat["gopo.reward"] or ""):  # its scores are kept with the dialogues
+        from openrlhf_gopo.rewards.judge import read_rubric
+
         fixed |= {f"gopo.judge.{name}": flat[f"gopo.judge.{name}"] for name in JUDGED}
         rubric = flat["gopo.judge.rubric"]
-        fixed["gopo.judge.rubric"] = rubric and f"{rubric} ({_digest(Path(rubric).read_bytes())})"
+        fixed["gopo.judge.rubric"] = f"{rubric} ({_digest(read_rubric(rubric).encode())})"
     for name in ("gopo.llm.extra_body", "gopo.judge.extra_body"):
         if fixed.get(name):
             fixed[name] = _digest(fixed[name].encode())

@@ -60,7 +60,7 @@ class Judge:
 
     def __init__(self, endpoint: Endpoint, config: JudgeConfig, timeout: float) -> None:
         self.endpoint, self.timeout = endpoint, timeout
-        self._system = f"{CONTRACT}\n\n{_rubric(config.rubric)}"
+        self._system = f"{CONTRACT}\n\n{read_rubric(config.rubric)}"
 
     @classmethod
     def from_name(cls, flag: str, name: str, config: JudgeConfig, timeout: float) -> Judge:
@@ -139,7 +139,12 @@ def _verdict(answer: Answer) -> Verdict | str:
         return f"is not the JSON asked for ({where}{': ' if where else ''}{first['msg']})"
 
 
-def _rubric(path: str | None) -> str:
+def read_rubric(path: str | None) -> str:
+    """What the judge scores; this project's own rubric without a path.
+
+    Raises:
+        ConfigError: the file cannot be read, or is empty.
+    """
     if path is None:
         return RUBRIC
     try:

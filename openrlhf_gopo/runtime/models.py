@@ -195,7 +195,8 @@ class RoleCriticTrainer(ppo_critic.CriticPPOTrainer):
 
     def training_step(self, experience: Any, step: int, loss_batch_info: Any = None) -> dict[str, float]:
         if loss_batch_info is not None:
-            loss_batch_info = loss_batch_info | {"batch_num_tokens": loss_batch_info["batch_num_tokens"].clamp(min=1.0)}
+            actions = loss_batch_info["batch_num_tokens"].clamp(min=1e-6)
+            loss_batch_info = loss_batch_info | {"batch_num_tokens": actions}
         status = super().training_step(experience, step, loss_batch_info)
         return {name: 0.0 if math.isnan(value) else value for name, value in status.items()}
 

@@ -177,6 +177,10 @@ def test_human_dialogues_pair_with_a_policys_goal_by_goal(tmp_path, capsys):
         (["--policy", "random", "--vllm.num_engines", "0"], "--vllm.num_engines 0: give 1 or more"),
         (["--policy", "random", "--price", "cheap"], "--price cheap: give two numbers"),
         (["--policy", "random", "--gopo.reward", "nowhere.py:f"], "nowhere.py"),
+        (
+            ["--policy", "random", "--gopo.reward", "judge:m@http://h/v1", "--gopo.judge.rubric", "no.txt"],
+            "--gopo.judge.rubric no.txt: cannot be read as UTF-8 text",
+        ),
         (["--policy", "pair:no/such/model,random"], "--policy no/such/model: no tokenizer there"),
     ],
 )
