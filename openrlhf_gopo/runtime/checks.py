@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
-from openrlhf_gopo.config import GopoConfig
+from openrlhf_gopo.config import GopoConfig, PreferenceConfig
 from openrlhf_gopo.envs import Environment, load_environment
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play
@@ -142,6 +142,7 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
             "--gopo.pref.reference initial: there is no reference model with --algo.kl.init_coef 0; raise it, or use "
             "--gopo.pref.reference sampler"
         )
+    _check_factors(config)
     _check_credit(args, config)
     if config.pref.trust_region == "exact":
         _check_exact(args, config)
@@ -150,6 +151,20 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
             f"--rollout.n_samples_per_prompt {args.rollout.n_samples_per_prompt}: preferences compare trajectories of "
             "one goal; give 2 or more"
         )
+
+
+def _check_factors(config: GopoConfig) -> None:
+    """With m = 0 for all, what is one factor of all coefficients is divided out again."""
+    pref = config.pref
+    if pref.reference != "sampler" or pref.trust_region != "clip" or pref.offset > 0:
+        return
+    for name in ("beta", "label_smoothing"):
+        if getattr(pref, name) != getattr(PreferenceConfig, name):
+            raise ConfigError(
+                f"--gopo.pref.{name} {getattr(pref, name)}: changes nothing with --gopo.pref.reference sampler and "
+                "--gopo.pref.trust_region clip, where it is one factor of all advantages, which have unit scale; drop "
+                "it, or use --gopo.pref.reference initial"
+            )
 
 
 def _check_asynchronous(args: SimpleNamespace) -> None:

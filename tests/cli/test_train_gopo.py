@@ -517,6 +517,8 @@ def test_a_reward_that_fails_is_found_before_anything_starts(tokenizer, tmp_path
             "--gopo.responder_reward gre",
             r"--gopo\.responder_reward: reward weights 'gre': gre needs a finite number, as in gre=0\.5",
         ),
+        ("--gopo.pref.beta 2", r"--gopo\.pref\.beta 2\.0: changes nothing with --gopo\.pref\.reference sampler"),
+        ("--gopo.pref.label_smoothing 0.1", r"--gopo\.pref\.label_smoothing 0\.1: changes nothing with"),
         ("--gopo.pref.beta 0", r"--gopo\.pref\.beta 0\.0: give a positive number"),
         ("--gopo.pref.label_smoothing 0.5", r"--gopo\.pref\.label_smoothing 0\.5: use \[0, 0\.5\)"),
         ("--gopo.attempts 0", r"--gopo\.attempts 0: give 1 or more"),
