@@ -206,13 +206,13 @@ def _run(args: SimpleNamespace, config: GopoConfig) -> None:
         hide_what_cuda_builds_break()
     else:
         forks.start()  # beside the imports of this process
-    from openrlhf_gopo.runtime import checks
+    from openrlhf_gopo.runtime import budgets, checks
 
     checks.check_flags(args, config)
     from openrlhf_gopo.runtime.requests import build_policy, policy_spec
 
     env, policy = build_policy(policy_spec(args, config))
-    checks.check_dialogues(args, config, env, policy)
+    budgets.check_dialogues(args, config, env, policy)
     results = Path(config.results_dir or Path(args.ckpt.output_dir) / "results")
     if config.dry_run:
         from openrlhf_gopo.runtime.dry_run import describe

@@ -33,7 +33,7 @@ from openrlhf_gopo.policy.two_level import SingleLevelPolicy, TwoLevelPolicy
 from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rollout.agent import Advice, Halves, Policy
 from openrlhf_gopo.rollout.sampled import SampledPolicy, TokenLimits
-from openrlhf_gopo.runtime.checks import check_budget
+from openrlhf_gopo.runtime.budgets import check_budget
 from openrlhf_gopo.runtime.engines import Engines
 from openrlhf_gopo.runtime.requests import load_tokenizer
 from openrlhf_gopo.types import Trajectory
