@@ -16,8 +16,8 @@ def rollout_metrics(
 
     ``rollout/<metric>`` of the trajectories, ``rollout/stop/<reason>`` shares, ``rollout/failures`` a count;
     ``forced_turns`` the share of turns with one allowed strategy, ``masked_labels`` the mean share of labels that the
-    SOP ruled out, ``<role>_tokens`` the length of a stream. ``ROLE/staleness``: updates of the role between a turn and
-    now; ``rollout/mixed_versions``: share of dialogues that met a change of weights.
+    SOP ruled out, ``<role>_tokens`` the length of a stream. ``ROLE/staleness``: updates of the role's model between
+    a turn and now; ``rollout/mixed_versions``: share of dialogues that met a change of weights.
     """
     kept = [s for s in samples if not s.quarantined]
     summary = summarise([s.trajectory for s in samples])
@@ -32,8 +32,13 @@ def rollout_metrics(
     for role in config.roles:
         lengths = [len(s.trajectory.streams[role].tokens) for s in kept]
         status[f"rollout/{role}_tokens"] = sum(lengths) / max(len(lengths), 1)
-        ages = {v: sum(role in config.learners(step) for step in range(v, global_step)) for v in set(versions)}
+        ages = {v: sum(_updated(role, step, config) for step in range(v, global_step)) for v in set(versions)}
         status[f"{role}/staleness"] = sum(ages[v] for v in versions) / max(len(versions), 1)
         status[f"{role}/staleness_max"] = float(max(ages.values(), default=0))
     mixed = sum(len({turn.version for turn in s.trajectory.turns}) > 1 for s in kept)
     return status | {"rollout/mixed_versions": mixed / max(len(kept), 1)}
+
+
+def _updated(role: str, step: int, config: GopoConfig) -> bool:
+    """Whether the model of ``role`` learns at ``step``: with sharing, whichever role's turn it is."""
+    return role in config.learners(step) or not config.own_expert

@@ -1,4 +1,7 @@
-"""GOPO_KILLS kills of real training runs, 6 by default. ``kill.py``, which says what is checked, does 50 a night."""
+"""GOPO_KILLS kills of real training runs, by default one of each kind.
+
+``kill.py``, which says what is checked, does 50 a night.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from openrlhf_gopo import platform
 sys.path.insert(0, str(Path(__file__).parent))
 import kill
 
-KILLS = int(os.environ.get("GOPO_KILLS", "6"))
+KILLS = int(os.environ.get("GOPO_KILLS", "4"))
 
 pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.skipif(not platform.is_cpu(), reason="there is a GPU")]
 

@@ -148,5 +148,7 @@ def test_staleness_counts_the_updates_of_each_role(tmp_path):
     assert found["expert/staleness"] == pytest.approx(first / (first + second))
     assert found["responder/staleness"] == pytest.approx((2 * first + second) / (first + second))
     assert found["rollout/mixed_versions"] == 0.0
+    shared = rollout_metrics(samples, GopoConfig(env="shop", schedule="alternate", sharing="shared"), 30, 4)
+    assert shared["expert/staleness_max"] == shared["responder/staleness_max"] == 3.0  # one model, that of every step
     samples[0].trajectory.turns[-1].version = 2
     assert rollout_metrics(samples, GopoConfig(env="shop"), 30, 4)["rollout/mixed_versions"] == 0.5

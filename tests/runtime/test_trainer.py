@@ -10,9 +10,7 @@ pytest.importorskip("openrlhf")
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.runtime.models import RolePPOTrainer
 from openrlhf_gopo.runtime.roles import make_roles
-from openrlhf_gopo.runtime.samples import DialogueSample
 from openrlhf_gopo.runtime.trainer import GOPOTrainer
-from openrlhf_gopo.types import Goal, Trajectory
 
 from ..cli.test_train_gopo import command
 
@@ -37,38 +35,6 @@ def test_a_schedule_spans_the_steps_that_a_role_takes(flags, steps):
     )
     trainer = SimpleNamespace(args=args, steps_per_episode=10, config=GopoConfig(env="shop", **flags))
     assert tuple(GOPOTrainer.scheduled_steps(trainer, role) for role in (EXPERT, RESPONDER)) == steps
-
-
-@pytest.mark.parametrize("sharing", ["separate", "shared"])
-def test_of_one_model_both_roles_look_before_either_changes_it(sharing):
-    done = []
-
-    class Learner:
-        def __init__(self, name):
-            self.name = name
-
-        def experiences(self, samples):
-            done.append(f"{self.name} looks")
-            return []
-
-        def update(self, experiences, step):
-            done.append(f"{self.name} learns")
-            return {}
-
-    trainer = SimpleNamespace(
-        config=GopoConfig(env="shop", sharing=sharing),
-        args=SimpleNamespace(train=SimpleNamespace(colocate_all=True)),
-        learners={name: Learner(name) for name in (EXPERT, RESPONDER)},
-        num_labels=26,
-        restarts=SimpleNamespace(take_count=lambda: 0),
-        _switch=lambda roles, version: None,
-    )
-    failed = Trajectory(Goal("g", "refund", "", {"solve": 1.0}), 0, 0, error="OSError: down\n")
-    GOPOTrainer.train_step(trainer, [DialogueSample.of(failed, {EXPERT: {}, RESPONDER: {}})] * 2, 0)
-    if sharing == "shared":
-        assert done == ["expert looks", "responder looks", "expert learns", "responder learns"]
-    else:
-        assert done == ["expert looks", "expert learns", "responder looks", "responder learns"]
 
 
 def test_the_logged_entropy_is_a_mean_over_decisions():

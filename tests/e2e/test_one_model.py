@@ -1,4 +1,8 @@
-"""``--gopo.policy single_level`` through the command line: one model decides and writes, and learns as in PPO."""
+"""One model that decides and writes, through the command line.
+
+``--gopo.policy single_level``: in one stream, and it learns as in PPO. ``--gopo.sharing shared``: in two roles, each
+with a stream and a loss of its own.
+"""
 
 import json
 
@@ -18,7 +22,7 @@ NOISE = {"bf16": 0.02, "fp32": 1e-3}[fastest()]  # of the engine, which holds we
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, train, tiny_model):
+def single_level(tmp_path_factory, train, tiny_model):
     out = tmp_path_factory.mktemp("single_level")
     train(
         tiny_model,
@@ -29,12 +33,18 @@ def trained(tmp_path_factory, train, tiny_model):
     return out
 
 
-def error(folder, dialogues) -> float:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, train, tiny_model):
+    out = tmp_path_factory.mktemp("shared")
+    train(tiny_model, out, "--gopo.env", "shop", "--gopo.sharing", "shared", "--algo.kl.init_coef", 0)
+    return out
+
+
+def error(folder, streams) -> float:
     """Mean |recorded - recomputed| log-probability of the actions, of decisions over their allowed labels."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     errors = []
-    for dialogue in dialogues:
-        (stream,) = dialogue.streams.values()
+    for stream in streams:
         with torch.no_grad():
             logits = model(torch.tensor([stream.tokens])).logits[0].float()
         for (start, end), allowed in zip(stream.spans, stream.allowed, strict=True):
@@ -46,19 +56,35 @@ def error(folder, dialogues) -> float:
     return sum(errors) / len(errors)
 
 
-def test_the_engine_samples_labels_and_words_from_the_synced_weights(trained, tiny_model):
+@pytest.mark.parametrize(
+    ("run", "role"), [("single_level", "responder"), ("shared", "expert"), ("shared", "responder")]
+)
+def test_the_engine_samples_labels_and_words_from_the_synced_weights(run, role, tiny_model, request):
+    trained = request.getfixturevalue(run)
     both = read_trajectories(trained / "results" / "trajectories.jsonl")
     last = read_trajectories(trained / "results" / "eval" / "step_00002.jsonl")
     versions = [tiny_model, trained / "ckpt" / "responder" / "global_step1_hf", trained / "responder"]
     for sampled_at, dialogues in enumerate((both[:16], both[16:], last)):
-        errors = [error(folder, dialogues) for folder in versions]
+        errors = [error(folder, [dialogue.streams[role] for dialogue in dialogues]) for folder in versions]
         assert errors[sampled_at] < NOISE, (sampled_at, errors)
         for other in {0, 1, 2} - {sampled_at}:
             assert errors[other] > 3 * errors[sampled_at], (sampled_at, errors)
 
 
-def test_a_dialogue_has_one_stream_of_decisions_and_replies(trained):
-    for dialogue in read_trajectories(trained / "results" / "trajectories.jsonl"):
+def test_both_roles_of_one_model_learn_from_what_it_was_when_they_sampled(shared):
+    """The first role's update must not move the log-probabilities that the second one starts from."""
+    steps = [json.loads(line) for line in (shared / "results" / "metrics.jsonl").read_text().splitlines()]
+    updates = [step for step in steps if "responder/policy_loss" in step]
+    assert len(updates) == 2
+    for step in updates:
+        for role in ("expert", "responder"):
+            assert step[f"{role}/actor_grad_norm"] > 0
+            assert step[f"{role}/sampler_mismatch"] < NOISE
+    assert not (shared / "expert").exists()
+
+
+def test_a_dialogue_has_one_stream_of_decisions_and_replies(single_level):
+    for dialogue in read_trajectories(single_level / "results" / "trajectories.jsonl"):
         assert list(dialogue.streams) == ["responder"]
         stream = dialogue.streams["responder"]
         actions = [what for turn in dialogue.turns for what in ([] if turn.forced else [True]) + [False]]
@@ -66,12 +92,12 @@ def test_a_dialogue_has_one_stream_of_decisions_and_replies(trained):
         assert all(turn.strategy in turn.allowed for turn in dialogue.turns)
 
 
-def test_the_critic_learns_and_there_is_no_expert(trained):
-    steps = [json.loads(line) for line in (trained / "results" / "metrics.jsonl").read_text().splitlines()]
+def test_the_critic_learns_and_there_is_no_expert(single_level):
+    steps = [json.loads(line) for line in (single_level / "results" / "metrics.jsonl").read_text().splitlines()]
     updates = [step for step in steps if "responder/policy_loss" in step]
     assert len(updates) == 2
     assert all(step["responder/critic_grad_norm"] > 0 for step in updates)
     assert all(step["responder/sampler_mismatch"] < 0.05 for step in updates)
     assert not [key for step in steps for key in step if key.startswith("expert/")]
-    assert not (trained / "expert").exists()
-    assert (trained / "results" / "learning_curves.png").stat().st_size > 0
+    assert not (single_level / "expert").exists()
+    assert (single_level / "results" / "learning_curves.png").stat().st_size > 0
