@@ -27,6 +27,7 @@ from openrlhf_gopo.config import (
 from openrlhf_gopo.errors import ConfigError, GopoError
 from openrlhf_gopo.flag import add_flags
 from openrlhf_gopo.platform import forks
+from openrlhf_gopo.platform.imports import uncollected
 from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
 
 SECTIONS = {
@@ -220,7 +221,8 @@ def _run(args: SimpleNamespace, config: GopoConfig) -> None:
         print(describe(args, config, env, policy))
         return
     results.mkdir(parents=True, exist_ok=True)
-    from openrlhf_gopo.runtime import launch
+    with uncollected():
+        from openrlhf_gopo.runtime import launch
 
     phases = launch.train(args, config, results)
     _report(args, config, results, phases, time.time() - started)

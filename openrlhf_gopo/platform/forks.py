@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf_gopo.platform.environment import is_cpu
+from openrlhf_gopo.platform.imports import uncollected
 
 SOCKET = "OPENRLHF_GOPO_FORKS"  # environment variable: where the process listens, in a folder that is this user's alone
 # Most of what a worker imports. Not Ray, which reads its workers' variables while it is imported, and nothing that
@@ -79,8 +80,9 @@ def serve(listening: int, parent: int, imported: Sequence[str]) -> None:
     if os.getppid() != parent:
         return
     with socket.socket(fileno=listening) as server:
-        for name in imported:
-            importlib.import_module(name)
+        with uncollected():
+            for name in imported:
+                importlib.import_module(name)
         if len(os.listdir("/proc/self/task")) > 1:
             raise RuntimeError(f"importing {', '.join(imported)} started threads: workers import for themselves")
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody here waits for forks

@@ -19,8 +19,9 @@ from openrlhf_gopo.platform import forks
 from openrlhf_gopo.platform.environment import SWITCH
 
 SCRIPT = """\
-import json, os, sys
+import gc, json, os, sys
 print(json.dumps({
+    "collects": gc.isenabled(), "frozen": gc.get_freeze_count() > 0,
     "argv": sys.argv, "pid": os.getpid(), "parent": os.getppid(), "here": os.getcwd(), "name": __name__,
     "loaded": "stack" in sys.modules, "variable": os.environ.get("GIVEN"), "niceness": os.nice(0),
 }), flush=True)
@@ -35,7 +36,7 @@ if sys.argv[1:] == ["wait"]:
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator[subprocess.Popen]:
     """A process that has started the one that forks, which imports ``stack``; it tells where that one listens."""
-    (tmp_path / "stack.py").write_text("import time\ntime.sleep(0.5)\n")
+    (tmp_path / "stack.py").write_text("import gc, time\nassert not gc.isenabled()\ntime.sleep(0.5)\n")
     (tmp_path / "threads.py").write_text(
         "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
     )
@@ -84,6 +85,7 @@ def test_a_worker_is_a_fork_with_its_own_arguments_environment_and_streams(
         assert (one["parent"], one["loaded"], one["name"]) == (server.pid, True, "__main__")
         assert (one["variable"], one["here"]) == ("x", str(tmp_path))
         assert one["niceness"] == os.nice(0) + 3
+        assert (one["collects"], one["frozen"]) == (True, True)
         assert one["pid"] not in (process.pid, server.pid)
     assert second.wait(10) == 0  # it was done
     assert first.stdout.readline() == "titled\n"
