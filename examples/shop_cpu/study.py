@@ -38,11 +38,12 @@ GROUP = ("--algo.advantage.estimator", "group_norm")
 TWO = ("--gopo.expert_reward", "tse=1,esndcg=1", "--gopo.responder_reward", "tse=0.5,gre=1", *GROUP)
 ONE = ("--gopo.policy", "single_level", "--gopo.responder_reward", "tse=1,esndcg=1,gre=0.5")  # all that the two see
 TURNS = ("--gopo.expert_pg_coef", "1")  # returns to go against the group, beside the preference loss
-CRITIC = (*TURNS, "--gopo.expert_pg", "gae")
+CRITIC_RATE = ("--critic.adam.lr", "1e-3")  # upstream's 9e-6 leaves a critic of this size at its random start
+CRITIC = (*TURNS, "--gopo.expert_pg", "gae", *CRITIC_RATE)
 FOUR_STEPS = ("--train.batch_size", "16")  # optimizer steps per rollout; the others take two
 
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "PPO, single level": (*ONE, "--algo.advantage.estimator", "gae", "--critic.adam.lr", "1e-3"),
+    "PPO, single level": (*ONE, "--algo.advantage.estimator", "gae", *CRITIC_RATE),
     "GRPO, single level": (*ONE, *GROUP),
     "GOPO": (*TWO, *TURNS),
     "GOPO, preference alone": TWO,
