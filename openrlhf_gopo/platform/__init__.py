@@ -11,6 +11,7 @@ Importing this package is cheap; it imports neither torch nor any part of the st
 from __future__ import annotations
 
 import os
+from types import ModuleType
 
 from openrlhf_gopo.platform import (
     children,
@@ -22,6 +23,7 @@ from openrlhf_gopo.platform import (
     forks,
     imports,
     media,
+    mkl,
     weights,
 )
 from openrlhf_gopo.platform.children import end_spawned_with_this_process
@@ -40,9 +42,15 @@ __all__ = [
     "ray_runtime_env",
 ]
 
+
+def _adapt_torch(torch: ModuleType) -> None:
+    cuda.stand_in(torch)
+    mkl.settle(torch)
+
+
 PATCHES = {
     "multiprocessing.spawn": children.activate_spawned,
-    "torch": cuda.stand_in,
+    "torch": _adapt_torch,
     "deepspeed.ops": deepspeed.skip_shared_memory_op,
     "openrlhf.utils.deepspeed.deepspeed": deepspeed.adapt_strategy,
     "openrlhf.utils.utils": dtype.accept_fp32,

@@ -26,6 +26,7 @@ from openrlhf_gopo.platform import end_spawned_with_this_process, is_cpu
 from openrlhf_gopo.runtime.roles import Role
 
 POLL = 1.0  # seconds
+WORKER = "openrlhf_gopo.runtime.engine_worker.EngineWorker"  # in place of the class that it inherits from
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # --ds.param_dtype in vLLM's words
 
 logger = init_logger(__name__)
@@ -39,6 +40,7 @@ class _RolloutActor(RolloutRayActor.__ray_metadata__.modified_class):
     async def __init__(self, *args: Any, **kwargs: Any) -> None:
         end_spawned_with_this_process()
         kwargs["dtype"] = self.dtype
+        kwargs["worker_extension_cls"] = WORKER
         if kwargs.get("full_determinism") and is_cpu():
             # Upstream asks vLLM for batch invariance, which its CPU kernels lack: sums hang on who else is in a batch.
             kwargs["max_num_seqs"] = 1

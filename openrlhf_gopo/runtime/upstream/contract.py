@@ -43,6 +43,7 @@ PLAIN = [
     "openrlhf.trainer.ray.launcher:BaseModelActor",
     "openrlhf.trainer.ray.launcher:RayActorGroup",
     "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer",
+    "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap",
     "openrlhf.utils.agent:AgentExecutorBase",
 ]
 # Looked up by name in these modules while a constructor of upstream's runs, so that a substitute takes effect.
@@ -179,6 +180,8 @@ SIGNATURES = {
         "strategy loss_mask replay_buffer step dynamic_batch batch_num_tokens global_batch_size"
     ),
     "openrlhf.utils:get_tokenizer": "pretrain model padding_side strategy use_fast",
+    "vllm.v1.worker.gpu_input_batch:InputBatch.add_request": "self request",
+    "vllm.v1.worker.gpu_input_batch:InputBatch.swap_states": "self i1 i2",
 }
 EXPERIENCE = (
     "sequences attention_mask action_mask action_log_probs base_action_log_probs rollout_log_probs values returns "
