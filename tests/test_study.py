@@ -52,15 +52,19 @@ def test_every_variant_is_a_run_that_the_checks_accept(study, args):
             assert parsed.train.seed == 3
 
 
+def warm_started(args):
+    models = args.out / "models"
+    (models / "warm_single").mkdir(parents=True)
+    for marker in (models / "warmed", models / "warm_single" / "config.json"):
+        marker.write_text("")
+
+
 @pytest.fixture
 def finished(study, args):
     """What two seeds of GOPO leave, from a script that chooses at random to one that chooses well; the gains."""
     env = load_environment("shop")
     goals, gains = env.goals("heldout")[: args.goals], []
-    models = args.out / "models"
-    (models / "warm_single").mkdir(parents=True)
-    for marker in (models / "warmed", models / "warm_single" / "config.json"):
-        marker.write_text("")
+    warm_started(args)
     for seed in args.seeds:
         out = args.out / f"gopo_16updates_lr3e-4_1e-4_seed{seed}"
         (out / "results" / "eval").mkdir(parents=True)
@@ -70,6 +74,8 @@ def finished(study, args):
             for trajectory in played:
                 append_trajectory(out / "results" / "eval" / f"step_{step:05d}.jsonl", trajectory)
             means.append(sum(t.rewards["tse"] for t in played) / len(played))
+        update = {"rollout/tse": means[1], "expert/sampler_mismatch": 5e-7}
+        (out / "results" / "metrics.jsonl").write_text(json.dumps(update) + "\n")
         study.done(out).write_text("")
         gains.append(means[1] - means[0])
     return gains
@@ -97,6 +103,15 @@ def test_the_table_says_what_the_runs_did(study, args, finished):
     assert gopo[5] == ", ".join(f"{run['tse']:.1f}" for run in runs)
     assert "nan" not in text
     assert args.record.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_a_run_whose_engine_computed_another_policy_is_not_recorded(study, args, finished):
+    log = args.out / "gopo_16updates_lr3e-4_1e-4_seed1" / "results" / "metrics.jsonl"
+    log.write_text(log.read_text() + json.dumps({"rollout/tse": 30.0, "expert/sampler_mismatch": 0.021}) + "\n")
+    args.seeds = [1]
+    with pytest.raises(SystemExit, match=r"seed1: sampler_mismatch 0\.02 is above"):
+        study.study(args)
+    assert not args.record.exists()
 
 
 def test_a_warm_start_is_the_mean_of_what_its_runs_saw_of_it(report):
@@ -131,23 +146,19 @@ def test_rows_are_compared_with_gopo_seed_by_seed(report):
     assert (single[3], second[4]) == ("", "")
 
 
-def test_the_search_takes_the_return_of_the_last_updates(study, args, monkeypatch):
-    for warm in ("warmed", "warm_single/config.json"):
-        (args.out / "models" / warm).parent.mkdir(parents=True, exist_ok=True)
-        (args.out / "models" / warm).write_text("")
-
-    def train(brief, variant, seed, rates):  # instead of hours of training: what it would leave
-        assert (brief.goals, brief.updates, seed) == (16, study.SEARCH_UPDATES, study.TUNING_SEED)
-        out = args.out / f"{variant}_{'_'.join(rates)}"
-        (out / "results").mkdir(parents=True)
-        good = 1.0 if rates == study.GRID[len(rates)][1] else 0.0
-        steps = [{"rollout/tse": 90.0, "rollout/esndcg": 1.0, "rollout/gre": 1.0}] * 6
-        steps += [{"rollout/tse": 50.0 * good, "rollout/esndcg": 0.5, "rollout/gre": 0.8}] * 2
-        lines = [json.dumps(line) for step in steps for line in (step, {"eval_tse": 1.0})]
-        (out / "results" / "metrics.jsonl").write_text("\n".join(lines))
-        return out
-
-    monkeypatch.setattr(study, "train", train)
+def test_the_search_takes_the_return_of_the_last_updates(study, args):
+    warm_started(args)
+    for variant in study.SEARCHED:
+        for rates in study.GRID[1 if "single level" in variant else 2]:
+            name = variant.lower().replace(", ", "_").replace(" ", "_")
+            out = args.out / f"{name}_8updates_lr{'_'.join(rates)}_seed100"
+            (out / "results").mkdir(parents=True)
+            good, same = float(rates == study.GRID[len(rates)][1]), {"responder/sampler_mismatch": 5e-7}
+            steps = [{"rollout/tse": 90.0, "rollout/esndcg": 1.0, "rollout/gre": 1.0, **same}] * 6
+            steps += [{"rollout/tse": 50.0 * good, "rollout/esndcg": 0.5, "rollout/gre": 0.8, **same}] * 2
+            lines = [json.dumps(line) for step in steps for line in (step, {"eval_tse": 1.0})]
+            (out / "results" / "metrics.jsonl").write_text("\n".join(lines))
+            study.done(out).write_text("")
     study.search(args)
     rows = [cells_of(line) for line in args.record.with_suffix(".md").read_text().splitlines()[4:]]
     assert len(rows) == 9

@@ -61,6 +61,7 @@ TWO_LEVEL_RATES = ("3e-4", "1e-4")
 GRID = {1: [("3e-5",), ("1e-4",), ("3e-4",)], 2: [("1e-4", "1e-4"), ("3e-4", "1e-4"), ("1e-3", "1e-4")]}
 SEARCHED = ("PPO, single level", "GRPO, single level", "GOPO")
 TUNING_SEED, SEARCH_UPDATES = 100, 8
+APART = {"fp32": 1e-5, "bf16": 0.02}  # log pi of vLLM and the trainer; rounding is below
 
 
 def rates_of(variant: str) -> tuple[str, ...]:
@@ -154,6 +155,20 @@ def done(out: Path) -> Path:
     return out / "results" / "table.csv"
 
 
+def updates_of(out: Path) -> list[dict[str, float]]:
+    """The metrics of a run's updates.
+
+    Raises:
+        SystemExit: engine and trainer did not compute the same policy, so what the run shows is not its method's.
+    """
+    lines = (out / "results" / "metrics.jsonl").read_text().splitlines()
+    updates = [step for step in map(json.loads, lines) if "rollout/tse" in step]
+    apart = max(value for step in updates for name, value in step.items() if name.endswith("/sampler_mismatch"))
+    if apart > APART[fastest()]:
+        raise SystemExit(f"{out}: sampler_mismatch {apart:.1g} is above {APART[fastest()]}: not recorded, a defect")
+    return updates
+
+
 def search(args: argparse.Namespace) -> None:
     """Train each method at every learning rate of its grid; into the record, the joint return of its last updates."""
     recorded(args)
@@ -164,8 +179,7 @@ def search(args: argparse.Namespace) -> None:
         runs = [pool.submit(train, brief, name, TUNING_SEED, rates) for name, rates in tries]
     found: list[Row] = []
     for (name, rates), finished in zip(tries, runs, strict=True):
-        lines = (finished.result() / "results" / "metrics.jsonl").read_text().splitlines()
-        steps = [step for step in map(json.loads, lines) if "rollout/tse" in step]
+        steps = updates_of(finished.result())
         last = steps[-max(len(steps) // 4, 1) :]
         joint = np.mean([s["rollout/tse"] / 100 + s["rollout/esndcg"] + 0.5 * s["rollout/gre"] for s in last])
         found.append({"variant": name, "rates": list(rates), "joint": float(joint)})
@@ -174,6 +188,7 @@ def search(args: argparse.Namespace) -> None:
 
 def row_of(variant: str, seed: int, out: Path) -> Row:
     """What a finished run showed: held-out TSE, ESNDCG and GRE before and after, means over the same goals."""
+    updates_of(out)
     first, *_, last = sorted((out / "results" / "eval").glob("step_*.jsonl"))
     row: Row = {"variant": variant, "seed": seed, "rates": list(rates_of(variant)), "param_dtype": fastest()}
     for path, suffix in ((first, "_before"), (last, "")):
