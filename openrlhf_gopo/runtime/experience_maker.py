@@ -14,6 +14,7 @@ from openrlhf.trainer.ppo_utils import experience_maker
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ppo_utils.length_penalty import apply_length_penalties
+from openrlhf.utils.logging_utils import init_logger
 
 from openrlhf_gopo.config import EXPERT, GopoConfig
 from openrlhf_gopo.core.categorical import turn_of_actions
@@ -26,6 +27,9 @@ from openrlhf_gopo.core.preference import (
 from openrlhf_gopo.core.turn_level import gae, group_baseline, returns_to_go, unit_scale
 from openrlhf_gopo.runtime.models import substituted
 from openrlhf_gopo.runtime.samples import DialogueSample, to_experience
+
+MISMATCH = 0.02  # mean |log pi| difference that rounding in bf16 stays below
+logger = init_logger(__name__)
 
 
 @dataclass
@@ -63,17 +67,26 @@ class GOPOExperienceMaker(RemoteExperienceMaker):
         return super().make_experience_batch([to_experience(s, self.role, self.num_labels) for s in samples])
 
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
-        """Upstream's forward passes. A sample without actions has mean KL 0, not 0/0.
-
-        ``sampler_mismatch``: mean |log pi| difference between sampler (vLLM) and trainer over all actions.
-        """
+        """Upstream's forward passes. A sample without actions has mean KL 0, not 0/0."""
         experiences = super().make_experience(samples_list)
         for experience in experiences:
             for key in ("kl", "logprobs_diff"):
                 experience.info[key] = experience.info[key].nan_to_num(0.0)
-        apart = [(e.rollout_log_probs - e.action_log_probs.float()).abs()[e.action_mask.bool()] for e in experiences]
-        self.metrics = {"sampler_mismatch": float(torch.cat(apart).mean().nan_to_num(0.0))}
+        self.compare_with_sampler(experiences)
         return experiences
+
+    def compare_with_sampler(self, experiences: list[Experience]) -> None:
+        """Metrics ``sampler_mismatch`` and ``sampler_mismatch_max``: the mean and the largest |log pi| difference
+        between sampler (vLLM) and trainer over all actions. Warns when the two compute different policies."""
+        rows = [(e.rollout_log_probs - e.action_log_probs.float()).abs()[e.action_mask.bool()] for e in experiences]
+        apart = torch.cat(rows)
+        mean, largest = (float(apart.mean()), float(apart.max())) if len(apart) else (0.0, 0.0)
+        self.metrics = {"sampler_mismatch": mean, "sampler_mismatch_max": largest}
+        if mean > MISMATCH and not self.args.train.async_enable:
+            logger.warning(
+                f"{self.role}/sampler_mismatch {mean:.2g} is above {MISMATCH}, its largest {largest:.2g}: vLLM samples "
+                "from another policy than the one that learns; see docs/tuning.md"
+            )
 
     def _batch(self, experiences: list[Experience]) -> Batch:
         order = [int(i) for e in experiences for i in e.index]

@@ -20,7 +20,7 @@ from openrlhf_gopo.evaluation.records import read_trajectories  # noqa: E402
 from openrlhf_gopo.platform.dtype import fastest  # noqa: E402
 
 ROLES = ("expert", "responder")
-NOISE = {"bf16": 0.02, "fp32": 1e-3}[fastest()]  # of the engine, which holds weights as the trainer does
+NOISE = {"bf16": 0.02, "fp32": 1e-5}[fastest()]  # of the engine, which holds weights as the trainer does
 STEPS = 5
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from openrlhf_gopo.evaluation.records import read_trajectories  # noqa: E402
 from openrlhf_gopo.platform.dtype import fastest  # noqa: E402
 
-NOISE = {"bf16": 0.02, "fp32": 1e-3}[fastest()]  # of the engine, which holds weights as the trainer does
+NOISE = {"bf16": 0.02, "fp32": 1e-5}[fastest()]  # of the engine, which holds weights as the trainer does
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_the_critic_learns_and_there_is_no_expert(single_level):
     updates = [step for step in steps if "responder/policy_loss" in step]
     assert len(updates) == 2
     assert all(step["responder/critic_grad_norm"] > 0 for step in updates)
-    assert all(step["responder/sampler_mismatch"] < 0.05 for step in updates)
+    assert all(step["responder/sampler_mismatch"] < NOISE for step in updates)
     assert not [key for step in steps for key in step if key.startswith("expert/")]
     assert not (single_level / "expert").exists()
     assert (single_level / "results" / "learning_curves.png").stat().st_size > 0

@@ -25,7 +25,7 @@ from openrlhf_gopo.policy import prompts  # noqa: E402
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy  # noqa: E402
 
 ROLES = ("expert", "responder")
-NOISE = {"bf16": 0.02, "fp32": 1e-3}[fastest()]  # of the engine, which holds weights as the trainer does
+NOISE = {"bf16": 0.02, "fp32": 1e-5}[fastest()]  # of the engine, which holds weights as the trainer does
 
 
 # What the two runs train with besides the defaults: between them every path of the objective runs for real.
@@ -185,7 +185,7 @@ def test_the_results_folder_is_complete(trained):
         assert step["expert/actor_grad_norm"] > 0
         assert step["responder/actor_grad_norm"] > 0
         assert step["rollout/failures"] == 0
-        assert all(step[f"{role}/sampler_mismatch"] < 0.05 for role in ROLES)
+        assert all(step[f"{role}/sampler_mismatch"] < NOISE for role in ROLES)
         assert ("expert/vllm_kl" in step) == ("--algo.advantage.is_correction_level" in OBJECTIVES[trained[0]])
         assert ("expert/critic_loss" in step) == ("gae" in OBJECTIVES[trained[0]])
     table = (results / "table.md").read_text()

@@ -10,6 +10,7 @@ import torch
 from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController
 
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig, PreferenceConfig
+from openrlhf_gopo.runtime import experience_maker
 from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, ResponderExperienceMaker
 from openrlhf_gopo.runtime.samples import DialogueSample, to_experience
 from openrlhf_gopo.types import Goal, StopReason, Stream, Trajectory, Turn
@@ -105,6 +106,35 @@ def config_of(options):
 
 
 BOTH, HALF = dialogue(("find",), ("refund",)), dialogue((), ("find",))
+
+
+def compared(sampled, learned, mask, *, async_enable=False):
+    args = SimpleNamespace(
+        algo=SimpleNamespace(advantage=SimpleNamespace(estimator="group_norm")),
+        train=SimpleNamespace(async_enable=async_enable),
+    )
+    groups = (None, None, None, None, FixedKLController(0.5), SimpleNamespace(args=args), None)
+    maker = ResponderExperienceMaker(*groups, role=RESPONDER, num_labels=0, config=config_of({}))
+    tensors = {"rollout_log_probs": sampled, "action_log_probs": learned, "action_mask": mask}
+    maker.compare_with_sampler([SimpleNamespace(**{k: torch.tensor([v]) for k, v in tensors.items()})])
+    return maker.metrics
+
+
+@pytest.mark.parametrize(("async_enable", "warnings"), [(False, 1), (True, 0)])
+def test_a_sampler_of_another_policy_is_told_of(async_enable, warnings, monkeypatch):
+    # |-1 - -1.5| and |-2 - -2.25|; the third position is no action.
+    said = []
+    monkeypatch.setattr(experience_maker.logger, "warning", said.append)
+    metrics = compared([-1.0, -2.0, -9.0], [-1.5, -2.25, 0.0], [1, 1, 0], async_enable=async_enable)
+    assert metrics == {"sampler_mismatch": 0.375, "sampler_mismatch_max": 0.5}
+    assert len(said) == warnings
+    assert all("responder/sampler_mismatch 0.38 is above 0.02, its largest 0.5" in line for line in said)
+
+
+def test_rounding_is_not_told_of_nor_is_a_batch_without_actions(monkeypatch):
+    monkeypatch.setattr(experience_maker.logger, "warning", pytest.fail)
+    assert compared([-1.0, -2.0], [-1.01, -2.0], [1, 1])["sampler_mismatch"] == pytest.approx(0.005)
+    assert set(compared([-1.0, -2.0], [-1.5, -2.0], [0, 0]).values()) == {0.0}
 
 
 def test_a_reply_is_credited_with_what_came_after_it():
