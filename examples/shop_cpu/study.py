@@ -46,6 +46,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "PPO, single level": (*ONE, "--algo.advantage.estimator", "gae", *CRITIC_RATE),
     "GRPO, single level": (*ONE, *GROUP),
     "GOPO": (*TWO, *TURNS),
+    "GOPO, with a critic": (*TWO, *CRITIC),  # the turn-level term's baseline is learned, not the group's mean
     "GOPO, preference alone": TWO,
     "GOPO, turns alone": (*TWO, *TURNS, "--gopo.pref.coef", "0"),
     "GOPO, critic alone": (*TWO, *CRITIC, "--gopo.pref.coef", "0"),
