@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,9 +19,10 @@ import torch  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
+from vllm.utils.import_utils import resolve_obj_by_qualname  # noqa: E402
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch  # noqa: E402
 
-from openrlhf_gopo.runtime import engine_worker  # noqa: E402
+from openrlhf_gopo.runtime import engine_worker, restarts  # noqa: E402
 
 pytestmark = pytest.mark.stack
 
@@ -112,3 +115,21 @@ def test_upstreams_weight_sync_is_in_it() -> None:
     added = {name for name in vars(engine_worker.EngineWorker) if not name.startswith("__")}
     assert added == set()
     assert callable(engine_worker.EngineWorker.update_weight)
+
+
+def test_the_rollout_actor_starts_its_engine_with_it(monkeypatch) -> None:
+    """Upstream's ``__init__``, which starts the engine, is the end of what is ours: it is listened to, not run."""
+    (upstream,) = restarts._RolloutActor.__bases__
+    given = {}
+
+    async def listen(self, *args, **kwargs):
+        given.update(kwargs)
+
+    monkeypatch.setattr(upstream, "__init__", listen)
+    context = SimpleNamespace(was_current_actor_reconstructed=False)
+    monkeypatch.setattr(restarts.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(restarts, "end_spawned_with_this_process", lambda: None)  # pytest is no actor
+    actor = restarts.rollout_actor(0, "fp32").__ray_metadata__.modified_class
+    asyncio.run(actor.__init__(object.__new__(actor), worker_extension_cls="upstream's"))
+    assert resolve_obj_by_qualname(given["worker_extension_cls"]) is engine_worker.EngineWorker
+    assert given["dtype"] == "float32"
