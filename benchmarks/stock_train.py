@@ -9,6 +9,7 @@ platform.activate()
 
 
 def main() -> None:
+    platform.forks.start()
     from openrlhf.cli import train_ppo_ray
     from openrlhf.trainer.ray import vllm_engine
 

@@ -95,6 +95,8 @@ def main(argv: list[str] | None = None) -> None:
             if flat[name] < 1:
                 raise ConfigError(f"--{name} {flat[name]}: give 1 or more")
         platform.activate()  # before transformers is imported
+        if any(contender.models for contender in found):
+            platform.forks.start()
         from openrlhf_gopo.runtime.evaluation import Evaluation
 
         evaluation = Evaluation(_nested(flat), config, found, flat["out"], flat["split"], _fixed(flat))

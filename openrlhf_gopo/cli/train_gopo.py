@@ -205,11 +205,11 @@ def _run(args: SimpleNamespace, config: GopoConfig) -> None:
     started = time.time()
     if config.dry_run:  # for GPUs, on a machine without one, where activate() did nothing
         hide_what_cuda_builds_break()
-    else:
-        forks.start()  # beside the imports of this process
     from openrlhf_gopo.runtime import budgets, checks
 
     checks.check_flags(args, config)
+    if not config.dry_run:
+        forks.start()
     from openrlhf_gopo.runtime.requests import build_policy, policy_spec
 
     env, policy = build_policy(policy_spec(args, config))

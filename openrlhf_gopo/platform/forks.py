@@ -1,11 +1,12 @@
 """Ray's workers and vLLM's engine cores as forks of one process that has imported the stack already.
 
 Each of them imports torch, transformers, DeepSpeed and vLLM. That takes seven CPU seconds and more, and where eight of
-them share a laptop's cores it is most of a start. So the driver starts one process that imports them beside its own
-imports. Ray starts workers by ``COMMAND`` in place of ``python`` (``runtime_env["py_executable"]``), and
-``multiprocessing`` what it spawns (``fork_spawned``): the command asks that process for a fork, hands over arguments,
-environment, folder and open files, and stands in for the fork until it ends: it passes SIGTERM on, takes the fork along
-when it is killed, and ends with its status. Where nobody answers it runs what was asked for itself.
+them share a laptop's cores it is most of a start. So the driver, once it has imported them for itself and before it
+does anything else, forks a process that forks whenever it is asked to. Ray starts workers by ``COMMAND`` in place of
+``python`` (``runtime_env["py_executable"]``), and ``multiprocessing`` what it spawns (``fork_spawned``): the command
+asks that process for a fork, hands over arguments, environment, folder and open files, and stands in for the fork until
+it ends: it passes SIGTERM on, takes the fork along when it is killed, and ends with its status. Where nobody answers it
+runs what was asked for itself.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from openrlhf_gopo.platform.environment import is_cpu
@@ -46,52 +48,67 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def start(imported: Sequence[str] = IMPORTED) -> None:
-    """Start the process; it ends with this one. Idempotent; does nothing when there is a GPU."""
+    """Import the stack, and fork the process that forks; it ends with this one. Idempotent; nothing with a GPU.
+
+    Call it as early as there is nothing but the stack to import: forks have all that this process has. One with
+    threads, which they would lack, or with Ray says so, and workers import for themselves.
+    """
     if not is_cpu() or SOCKET in os.environ:
         return
+    with _blas_without_threads(), uncollected():
+        for name in imported:
+            importlib.import_module(name)
+    if len(os.listdir("/proc/self/task")) > 1 or "ray" in sys.modules:
+        print("this process has threads, or Ray: its workers import the stack for themselves", file=sys.stderr)
+        return
     folder = tempfile.mkdtemp(prefix="openrlhf-gopo-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = str(Path(folder) / "socket")
-    # OpenBLAS: or it starts threads when numpy is imported. SOCKET first: see _become.
-    env = {SOCKET: path, **os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    os.environ[SOCKET] = path
+    os.environ[SOCKET] = str(Path(folder) / "socket")
+    parent = os.getpid()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         listening.bind(os.environ[SOCKET])
-        listening.listen(64)  # who asks during the imports waits for them
-        number = listening.fileno()
-        code = (
-            "from openrlhf_gopo import platform; platform.activate(); "
-            f"platform.forks.serve({number}, {os.getpid()}, {list(imported)!r})"
-        )
-        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, env=env, pass_fds=[number])
+        listening.listen(64)
+        if os.fork() == 0:
+            with _nothing_behind():
+                _serve(listening, parent)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
-def serve(listening: int, parent: int, imported: Sequence[str]) -> None:
-    """Import, then fork at every connection while ``parent`` lives. Returns in a fork alone, after its script.
+@contextlib.contextmanager
+def _blas_without_threads() -> Iterator[None]:
+    """OpenBLAS would start some when numpy is imported."""
+    name = "OPENBLAS_NUM_THREADS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
-    Args:
-        listening: the socket's file descriptor.
 
-    Raises:
-        RuntimeError: what was imported has started threads, which forks would lack.
-    """
+@contextlib.contextmanager
+def _nothing_behind() -> Iterator[None]:
+    """Of a fork, which stands in the middle of the driver's program: the end of what is within is the end of it."""
+    try:
+        yield
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _serve(listening: socket.socket, parent: int) -> None:
+    """Fork at every connection while ``parent`` lives."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody here waits for forks
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
-    with socket.socket(fileno=listening) as server:
-        with uncollected():
-            for name in imported:
-                importlib.import_module(name)
-        if len(os.listdir("/proc/self/task")) > 1:
-            raise RuntimeError(f"importing {', '.join(imported)} started threads: workers import for themselves")
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody here waits for forks
-        while True:
-            connection, _ = server.accept()
-            if os.fork() == 0:
-                break
-            connection.close()
-    _run(connection)
+    while os.getppid() == parent:
+        connection, _ = listening.accept()
+        if os.fork() == 0:
+            listening.close()
+            _run(connection)
+        connection.close()
 
 
 def _run(connection: socket.socket) -> None:
@@ -108,16 +125,15 @@ def _run(connection: socket.socket) -> None:
         sys.modules["numpy"].random.seed()
     connection.send(STARTED)
     threading.Thread(target=_obey, args=(connection,), name="gopo-obey", daemon=True).start()
-    status = 1
-    try:
-        _execute(job["argv"])
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            connection.send(bytes([status & 0xFF]))
+    status = _execute(job["argv"])
+    with contextlib.suppress(OSError):
+        connection.send(bytes([status & 0xFF]))
+    # As multiprocessing ends its forks: the end of Python, less what it would go back to.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _arrange(connection: socket.socket, received: Sequence[int], wanted: Sequence[int]) -> socket.socket:
@@ -141,15 +157,31 @@ def _obey(connection: socket.socket) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _execute(argv: list[str]) -> None:
-    """What ``python ARGV`` does, for a script and for ``OPTIONS -c CODE``, whose other options are taken as given."""
-    if argv[0].startswith("-"):
-        start = argv.index("-c")
-        sys.argv = ["-c", *argv[start + 2 :]]
-        exec(argv[start + 1], {"__name__": "__main__"})
-    else:
-        sys.argv = argv
-        runpy.run_path(argv[0], run_name="__main__")
+def _execute(argv: list[str]) -> int:
+    """What ``python ARGV`` does, for a script and for ``OPTIONS -c CODE``, whose other options are taken as given.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        if argv[0].startswith("-"):
+            start = argv.index("-c")
+            sys.argv = ["-c", *argv[start + 2 :]]
+            sys.modules["__main__"] = ModuleType("__main__")  # not the driver's
+            exec(argv[start + 1], vars(sys.modules["__main__"]))
+        else:
+            sys.argv = argv
+            runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            return end.code
+        if end.code is not None:
+            print(end.code, file=sys.stderr)
+        return int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
 
 
 def _become(environment: dict[str, str]) -> None:
@@ -176,11 +208,11 @@ def main(argv: list[str]) -> None:
                 "niceness": os.getpriority(os.PRIO_PROCESS, 0),
             }
             socket.send_fds(connection, [json.dumps(job).encode()], files)
+            signal.signal(signal.SIGTERM, lambda number, frame: connection.send(bytes([number])))
             started = connection.recv(len(STARTED)) == STARTED
         except (KeyError, OSError):
             started = False
         if started:
-            signal.signal(signal.SIGTERM, lambda number, frame: connection.send(bytes([number])))
             status = connection.recv(1) or b"\1"  # nothing: it was killed
             connection.recv(1)  # nothing comes but the end
             sys.exit(status[0])

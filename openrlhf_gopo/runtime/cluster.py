@@ -40,7 +40,6 @@ def init_ray(gpus: int, worker_logs: bool = False) -> None:
                 *(gpus, there),
             )
         return
-    platform.forks.start()  # workers inherit this process's environment, where it tells how to reach them
     cpu = platform.ray_runtime_env()
     cpu["env_vars"] = {**env_vars, **cpu["env_vars"]}
     _init(

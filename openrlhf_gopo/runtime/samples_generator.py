@@ -77,6 +77,10 @@ class GOPOSamplesGenerator(SamplesGenerator):
     def generate_samples(self, **generate_kwargs: Any) -> tuple[list[DialogueSample], float | None, int, bool]:
         """One training batch; users differ from one batch to the next, reproducibly.
 
+        Returns:
+            The batch's dialogues; with dynamic filtering the share of groups that it kept, else None; how many goals
+            were used; True when no goal is left.
+
         Raises:
             DialogueError: more dialogues failed than --gopo.max_failure_rate allows.
         """
@@ -87,6 +91,8 @@ class GOPOSamplesGenerator(SamplesGenerator):
         samples, rate, consumed, exhausted = super().generate_samples(**generate_kwargs)
         self._sleep_expert()
         self._check_failures()
+        if rate is not None:  # upstream's is dialogues kept per 100 goals
+            rate /= 100 * self.args.rollout.n_samples_per_prompt
         return samples, rate, consumed, exhausted
 
     def evaluate(self, path: Path, **generate_kwargs: Any) -> list[Trajectory]:

@@ -54,11 +54,11 @@ def _driver(folder: Path, module: str) -> Iterator[subprocess.Popen]:
         "import os, sys\n"
         "from openrlhf_gopo.platform import forks\n"
         f"forks.start([{module!r}])\n"
-        "print(os.environ[forks.SOCKET], flush=True)\n"
+        "print(os.environ.get(forks.SOCKET, ''), flush=True)\n"
         "sys.stdin.read()\n"
     )
     env = {name: value for name, value in os.environ.items() if name != forks.SOCKET} | {SWITCH: "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=env, **pipes)
     process.socket = process.stdout.readline().strip()
     yield process
@@ -173,16 +173,18 @@ def test_without_a_process_that_forks_the_script_runs_all_the_same(driver: subpr
 
 
 def test_nothing_forks_from_a_process_with_threads(driver_with_threads: subprocess.Popen, tmp_path: Path) -> None:
+    assert psutil.Process(driver_with_threads.pid).children() == []
     process = worker(driver_with_threads, tmp_path)
     told = json.loads(process.communicate(timeout=10)[0])
     assert told["pid"] == process.pid
+    assert "workers import the stack for themselves" in driver_with_threads.communicate(timeout=10)[1]
 
 
 def test_with_a_gpu_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "0")
     monkeypatch.delenv(forks.SOCKET, raising=False)
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("started"))
-    forks.start()
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
+    forks.start(["no_such_module"])
     assert forks.SOCKET not in os.environ
 
 

@@ -23,6 +23,7 @@ def generator_of(folder, of_each=2, engines=(), **flags):
         rollout=SimpleNamespace(batch_size=4, n_samples_per_prompt=of_each),
         vllm=SimpleNamespace(enable_sleep=False),
         train=SimpleNamespace(async_enable=False, full_determinism_enable=False, partial_rollout_enable=False),
+        algo=SimpleNamespace(dynamic_filtering_enable=True),
     )
     spec = RolloutSpec(None, TokenLimits(max_len=64, reply_max_tokens=8), {}, GopoConfig(env="shop", **flags), 7)
     options = {"expert_engines": None, "restarts": Restarts({}), "spec": spec, "folder": folder}
@@ -65,6 +66,13 @@ def test_failures_count_where_dynamic_filtering_drops_them(monkeypatch, tmp_path
         generator.generate_samples()
     monkeypatch.setattr(SamplesGenerator, "generate_samples", lambda self, **_: ([], None, 0, True))
     generator.generate_samples()  # the next batch begins anew
+
+
+def test_the_share_of_groups_that_dynamic_filtering_kept(monkeypatch, tmp_path):
+    """Upstream's figure is 100 * 2 dialogues / 8 goals."""
+    kept = [object(), object()]  # one group of two dialogues
+    monkeypatch.setattr(GOPOSamplesGenerator, "_generate_vllm", lambda self, *_, **__: (kept, 8, True))
+    assert generator_of(tmp_path, of_each=2).generate_samples() == (kept, 1 / 8, 8, True)
 
 
 @pytest.mark.parametrize(("flags", "common"), [({}, True), ({"probabilities": True}, False)])
