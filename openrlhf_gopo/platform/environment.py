@@ -53,8 +53,8 @@ def defaults() -> dict[str, str]:
         "OMP_NUM_THREADS": str(_usable_cores()),
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",
-        # Compiled bf16 kernels that are kept, of oneDNN and of PyTorch's use of it; 1,024 each by default. Every length of
-        # a batch needs its own, so a process would grow by gigabytes; those of the last lengths are enough.
+        # bf16 kernels, compiled for a batch's shape, that oneDNN and PyTorch keep: 1,024 each by default. Lengths vary,
+        # so a process would grow by gigabytes; the last few shapes are enough.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         "LRU_CACHE_CAPACITY": "64",
     }
