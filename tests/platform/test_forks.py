@@ -104,7 +104,7 @@ def child(pipe, what):
     if what == "exit":
         sys.exit(pipe.recv())
     if what == "raise":
-        raise ValueError("on purpose")
+        raise ValueError(pipe.recv())
     time.sleep(60)
 if __name__ == "__main__":
     forks.fork_spawned(multiprocessing.spawn)
@@ -115,11 +115,12 @@ if __name__ == "__main__":
     process.start()
     theirs.close()
     print(json.dumps(ours.recv()), flush=True)
-    if sys.argv[1] == "exit":
+    sys.stdin.readline()  # until the child was looked at
+    if sys.argv[1] in ("exit", "raise"):
         ours.send(7)
     elif sys.argv[1] == "orphan":
         time.sleep(60)
-    elif sys.argv[1] != "raise":
+    else:
         getattr(process, sys.argv[1])()
     process.join(20)
     print(process.exitcode, flush=True)
@@ -135,11 +136,15 @@ def spawning(driver: subprocess.Popen, tmp_path: Path):
         (tmp_path / "spawning.py").write_text(SPAWNING)
         env = os.environ | {forks.SOCKET: driver.socket}
         command = [sys.executable, str(tmp_path / "spawning.py"), what]
-        program = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        program = subprocess.Popen(command, cwd=tmp_path, env=env, **pipes)
         assert program.stdout.readline() == "a child's stream\n"
         pid, parent, loaded = json.loads(program.stdout.readline())
         assert (parent, loaded) == (server.pid, True)
-        return program, psutil.Process(pid)
+        spawned = psutil.Process(pid)
+        program.stdin.write("\n")
+        program.stdin.flush()
+        return program, spawned
 
     return start
 
