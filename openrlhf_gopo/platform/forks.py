@@ -1,8 +1,8 @@
 """Ray's workers and vLLM's engine cores as forks of one process that has imported the stack already.
 
 Each of them imports torch, transformers, DeepSpeed and vLLM. That takes seven CPU seconds and more, and where eight of
-them share a laptop's cores it is most of a start. So the driver, once it has imported them for itself and before it
-does anything else, forks a process that forks whenever it is asked to. Ray starts workers by ``COMMAND`` in place of
+them share a laptop's cores it is most of a start. So the driver, once it has checked its flags and imported them
+for itself, forks a process that forks whenever it is asked to. Ray starts workers by ``COMMAND`` in place of
 ``python`` (``runtime_env["py_executable"]``), and ``multiprocessing`` what it spawns (``fork_spawned``): the command
 asks that process for a fork, hands over arguments, environment, folder and open files, and stands in for the fork until
 it ends: it passes SIGTERM on, takes the fork along when it is killed, and ends with its status. Where nobody answers it
