@@ -1,20 +1,24 @@
 """examples/shop_cpu/credit_noise.py: its gradients are autograd's, and its table is what the products say."""
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from openrlhf_gopo.evaluation.records import append_trajectory
 from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
 from openrlhf_gopo.types import Goal, Stream, Trajectory, Turn
 
+FOLDER = Path(__file__).parents[1] / "examples" / "shop_cpu"
 ALLOWED = [[5, 6, 7], [6, 8]]
 
 
 @pytest.fixture
 def noise(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "shop_cpu")
+    monkeypatch.syspath_prepend(FOLDER)
     return importlib.import_module("credit_noise")
 
 
@@ -102,3 +106,21 @@ def test_noise_that_hides_the_gradient_has_no_direction(noise):
 def test_without_runs_it_says_what_to_run_first(noise, tmp_path):
     with pytest.raises(SystemExit, match="no two finished two-level runs of one seed; run study"):
         noise.read_batches(tmp_path)
+
+
+def test_the_table_of_a_study(noise, model, tmp_path):
+    """Two runs of one seed whose first updates are the same: no noise, so every signal is 1."""
+    model.save_pretrained(tmp_path / "models" / "warm_expert")
+    for variant in ("gopo", "gopo_critic_alone"):
+        results = tmp_path / f"{variant}_16updates_lr3e-4_1e-4_seed3" / "results"
+        results.mkdir(parents=True)
+        for completed, labels in ((("x",), [6, 8]), ((), [5, 6])):
+            append_trajectory(results / "trajectories.jsonl", played("g", [completed, (), ()], labels))
+        (results / "table.csv").write_text("")
+    script = [sys.executable, str(FOLDER / "credit_noise.py"), "--out", str(tmp_path)]
+    printed = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed]
+    assert cells[0] == ["credit", "seed 3: 2 batches", "signal", "direction"]
+    assert [row[0] for row in cells[2:5]] == ["preference", "returns to go", "preference + returns to go"]
+    assert [row[1:3] for row in cells[2:]] == [["1.00", "1.00"]] * 7
+    assert [row[3] for row in cells[2:] if row[0] == noise.UNBIASED] == ["1.00"]
