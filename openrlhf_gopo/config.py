@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from openrlhf_gopo.config_llm import JudgeConfig, LlmConfig
@@ -24,6 +26,7 @@ __all__ = [
 ]
 
 EXPERT, RESPONDER = "expert", "responder"
+CREDIT_TERMS = ("preference", "decision_preference", "q", "group", "critic")
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,19 @@ class GopoConfig:
         kind=str,
     )
     reward_timeout: float = flag(60.0, "seconds one reward of --gopo.reward may take before the dialogue fails")
+    expert_credit: str = flag(
+        "preference=1,group=1",
+        "credit terms of the expert, as term=weight,term=weight: preference (of whole dialogues), decision_preference "
+        "(of the decisions of one turn), q (a value per strategy, summed over the allowed ones), group (returns to go "
+        "less the mean of the goal's other dialogues at that turn), critic (GAE on decisions)",
+    )
+    expert_steps: int = flag(
+        None,
+        "optimizer steps of the expert per rollout, in --gopo.expert_passes over its dialogues; default: upstream's "
+        "batch arithmetic",
+        kind=int,
+    )
+    expert_passes: int = flag(1, "passes of the expert over the dialogues of a rollout, with --gopo.expert_steps")
     expert_pg_coef: float = flag(0.0, "weight of the turn-level term in the expert's advantages")
     expert_pg: str = flag(
         "group",
@@ -242,6 +258,31 @@ class GopoConfig:
     def roles(self) -> tuple[str, ...]:
         """The roles of the policy: one model each, or one for both with ``sharing`` shared."""
         return (EXPERT, RESPONDER) if self.policy == "two_level" else (RESPONDER,)
+
+    @cached_property
+    def expert_terms(self) -> dict[str, float]:
+        """The weight of each credit term of ``--gopo.expert_credit``; terms of weight 0 are left out.
+
+        Raises:
+            ConfigError: an unknown or repeated term, a weight that is no finite number of 0 or more, or no term left.
+        """
+        terms: dict[str, float] = {}
+        for item in self.expert_credit.split(","):
+            name, _, text = (part.strip() for part in item.partition("="))
+            try:
+                weight = float(text)
+            except ValueError:
+                weight = math.nan
+            _require(
+                name in CREDIT_TERMS and name not in terms and math.isfinite(weight) and weight >= 0,
+                "--gopo.expert_credit",
+                self.expert_credit,
+                f"give term=weight,..., each term once, of {', '.join(CREDIT_TERMS)}; a weight is 0 or more",
+            )
+            terms[name] = weight
+        terms = {name: weight for name, weight in terms.items() if weight}
+        _require(bool(terms), "--gopo.expert_credit", self.expert_credit, "no term is left to learn from")
+        return terms
 
     @property
     def own_expert(self) -> bool:
