@@ -22,6 +22,7 @@ STOP_PREFIX = "rollout/stop/"
 SMOOTH_FROM = 40  # points; from here on a running mean is drawn over the raw curve
 # Okabe-Ito: told apart by colour-blind readers
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7F7F7F"
+BLACK = "#000000"
 STOP_COLOURS = {
     "completed": GREEN,
     "closed": PURPLE,
@@ -156,14 +157,20 @@ def _finish(
 
 def _heldout(axes: Axes, metrics: Metrics, metric: str, label: str) -> bool:
     """Held-out evaluations as points over the training curve, each with its 95% interval over goals, by decoding."""
-    decodings = (("eval_", BLUE, "o", "-", label), ("eval_greedy_", PURPLE, "s", ":", f"{label}, greedy"))
+    decodings = (("eval_", BLUE, "o", "-", label), ("eval_greedy_", BLACK, "s", ":", f"{label}, greedy"))
     drawn = False
     for prefix, colour, marker, dashes, name in decodings:
         points, low, high = (metrics.get(f"{prefix}{metric}{part}") for part in ("", "_low", "_high"))
         if points is None:
             continue
         drawn = True
-        style = {"color": colour, "marker": marker, "linestyle": dashes, "linewidth": 1.8, "markersize": 4.5}
+        style: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "linestyle": dashes,
+            "linewidth": 1.8,
+            "markersize": 4.5,
+        }
         if low and high and low[0] == high[0] == points[0]:
             reach = [np.subtract(points[1], low[1]), np.subtract(high[1], points[1])]
             axes.errorbar(*points, yerr=np.maximum(reach, 0.0), capsize=3, zorder=3, label=f"{name} [95%]", **style)

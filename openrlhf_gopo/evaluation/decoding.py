@@ -39,8 +39,8 @@ def named(rows: Rows) -> tuple[dict[str, Sequence[Trajectory]], dict[str, str]]:
     the two has no temperature, it is compared with the first policy's first row; else it has nothing to compare with.
     """
     temperatures = list(dict.fromkeys(temperature for _, temperature in rows if temperature is not None))
-    order = {None: 0, **{temperature: place for place, temperature in enumerate(temperatures)}}
-    phases = {row_name(*key): rows[key] for key in sorted(rows, key=lambda key: order[key[1]])}
+    order = sorted(rows, key=lambda key: 0 if key[1] is None else temperatures.index(key[1]))
+    phases = {row_name(*key): rows[key] for key in order}
     compared: dict[str, str] = {}
     if not rows:
         return phases, compared
