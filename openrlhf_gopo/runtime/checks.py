@@ -81,8 +81,6 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
         )
     _check_factors(config)
     _check_credit(args, config)
-    if config.pref.trust_region == "exact":
-        _check_exact(args, config)
     if args.rollout.n_samples_per_prompt < 2 and config.policy == "two_level":
         raise ConfigError(
             f"--rollout.n_samples_per_prompt {args.rollout.n_samples_per_prompt}: preferences compare trajectories of "
@@ -93,14 +91,14 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
 def _check_factors(config: GopoConfig) -> None:
     """With m = 0 for all, what is one factor of all coefficients is divided out again."""
     pref = config.pref
-    if pref.reference != "sampler" or pref.trust_region != "clip" or pref.offset > 0:
+    if pref.reference != "sampler" or pref.offset > 0:
         return
     for name in ("beta", "label_smoothing"):
         if getattr(pref, name) != getattr(PreferenceConfig, name):
             raise ConfigError(
-                f"--gopo.pref.{name} {getattr(pref, name)}: changes nothing with --gopo.pref.reference sampler and "
-                "--gopo.pref.trust_region clip, where it is one factor of all advantages, which have unit scale; drop "
-                "it, or use --gopo.pref.reference initial"
+                f"--gopo.pref.{name} {getattr(pref, name)}: changes nothing with --gopo.pref.reference sampler, "
+                "where it is one factor of all advantages, which have unit scale; drop it, or use "
+                "--gopo.pref.reference initial"
             )
 
 
@@ -121,7 +119,8 @@ def _check_credit(args: SimpleNamespace, config: GopoConfig) -> None:
     """Turn-level terms and what they cannot go with."""
     if config.expert_has_critic and config.sharing == "shared":
         raise ConfigError(
-            "--gopo.expert_pg gae: a model that both roles share has no critic on decisions; use --gopo.expert_pg group"
+            f"--gopo.expert_credit {config.expert_credit}: a model that both roles share has no critic on decisions; "
+            "use group or q in place of critic"
         )
     penalties = {
         "--reward.overlong_buffer_len": args.reward.overlong_buffer_len,
@@ -132,30 +131,6 @@ def _check_credit(args: SimpleNamespace, config: GopoConfig) -> None:
             raise ConfigError(
                 f"{name} {value}: shapes the reward of a trajectory, --gopo.credit turn has one per turn; drop one"
             )
-
-
-def _check_exact(args: SimpleNamespace, config: GopoConfig) -> None:
-    """``--gopo.pref.trust_region exact`` needs whole groups in every optimizer step, and a loss without ratios."""
-    algorithm = args.algo.advantage
-    contradicting = {
-        "--gopo.sharing shared": (config.sharing == "shared", "the responder's samples train the same model"),
-        "--train.dynamic_batch_enable": (args.train.dynamic_batch_enable, "it tears groups apart"),
-        "--expert.policy_loss_type": (args.expert.policy_loss_type != "ppo", "use ppo"),
-        "--expert.loss_agg_mode": (args.expert.loss_agg_mode != "token-mean", "use token-mean"),
-        "--algo.advantage.is_correction_level": (
-            algorithm.is_correction_level != "off",
-            "the samples' log-probabilities are brought up to date before every step, nothing is left to correct",
-        ),
-    }
-    for flag, (given, why) in contradicting.items():
-        if given:
-            raise ConfigError(f"{flag}: not with --gopo.pref.trust_region exact: {why}")
-    ranks = args.expert.num_nodes * args.expert.num_gpus_per_node // args.ds.tensor_parallel_size
-    if ranks and args.train.batch_size // ranks % args.rollout.n_samples_per_prompt:
-        raise ConfigError(
-            f"--train.batch_size {args.train.batch_size}: over {ranks} ranks of the expert it holds no whole number of "
-            f"groups of {args.rollout.n_samples_per_prompt}, which --gopo.pref.trust_region exact needs"
-        )
 
 
 def _has_critic(args: SimpleNamespace, config: GopoConfig) -> bool:
@@ -232,7 +207,29 @@ def _check_same_gpus(args: SimpleNamespace, config: GopoConfig, roles: dict[str,
             )
 
 
+def _check_steps(args: SimpleNamespace, config: GopoConfig) -> None:
+    """``--gopo.expert_steps`` cuts the expert's passes over a rollout into equal optimizer steps."""
+    steps, passes = config.expert_steps, config.expert_passes
+    if steps is None:
+        return
+    given = f"--gopo.expert_steps {steps}"
+    if config.sharing == "shared":
+        raise ConfigError(f"{given}: one model in both roles takes its steps for both; leave it out")
+    if args.train.dynamic_batch_enable:
+        raise ConfigError(f"{given}: not with --train.dynamic_batch_enable, which cuts batches by tokens; drop one")
+    dialogues = args.rollout.batch_size * args.rollout.n_samples_per_prompt
+    ranks = max(args.expert.num_nodes * args.expert.num_gpus_per_node // args.ds.tensor_parallel_size, 1)
+    unit = args.train.micro_batch_size * ranks
+    if dialogues * passes % steps or dialogues * passes // steps % unit or steps % passes:
+        fitting = [n * passes for n in range(1, dialogues + 1) if dialogues % n == 0 and dialogues // n % unit == 0]
+        raise ConfigError(
+            f"{given}: --gopo.expert_passes {passes} over the {dialogues} dialogues of a rollout cannot be cut into as "
+            f"many equal steps of whole micro-batches ({unit} dialogues over all ranks); use one of {fitting}"
+        )
+
+
 def _check_batches(args: SimpleNamespace, config: GopoConfig) -> None:
+    _check_steps(args, config)
     samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
     if samples % args.train.batch_size:
         raise ConfigError(

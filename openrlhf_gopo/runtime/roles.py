@@ -77,12 +77,17 @@ def role_args(args: SimpleNamespace, role: str, config: GopoConfig) -> SimpleNam
     own = deepcopy(args)
     if role == EXPERT:
         own.actor = deepcopy(args.expert)
-        own.preference = config.pref
         own.critic.model_name_or_path = args.expert.model_name_or_path if config.expert_has_critic else None
         if own.actor.entropy_coef is None:  # upstream: 0 means log it; a categorical's entropy costs nothing
             own.actor.entropy_coef = 0.0
         own.vllm.num_engines = config.expert_num_engines or args.vllm.num_engines
         own.vllm.gpu_memory_utilization = config.expert_gpu_memory_utilization or args.vllm.gpu_memory_utilization
+        if config.expert_steps is not None:
+            dialogues = args.rollout.batch_size * args.rollout.n_samples_per_prompt
+            own.train.max_epochs = config.expert_passes
+            own.train.batch_size = dialogues * config.expert_passes // config.expert_steps
+    # One model in both roles is the responder's, and learns as the expert too.
+    own.q_weight = config.expert_terms.get("q", 0.0) if role == EXPERT or config.sharing == "shared" else 0.0
     own.ckpt.path = os.path.join(args.ckpt.path, role)
     own.ckpt.output_dir = os.path.join(args.ckpt.output_dir, role)
     own.ckpt.tag = None

@@ -91,8 +91,9 @@ class GOPOTrainer(BasePPOTrainer):
 
     def scheduled_steps(self, role: str) -> int:
         """Optimizer steps that ``role`` takes in the whole run: what its learning-rate schedule spans."""
-        dialogues = self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt
-        of_each = dialogues // self.args.train.batch_size * self.args.train.max_epochs
+        own = self.learners[role].args
+        dialogues = own.rollout.batch_size * own.rollout.n_samples_per_prompt
+        of_each = dialogues // own.train.batch_size * own.train.max_epochs
         steps = range(self.steps_per_episode * self.args.train.num_episodes)
         return of_each * sum(role in self.config.learners(step) for step in steps)
 
