@@ -33,30 +33,22 @@ CREDIT_TERMS = ("preference", "decision_preference", "q", "group", "critic")
 class PreferenceConfig:
     """``--gopo.pref.*``: the expert's trajectory-level preference loss (ours, see ``core.preference``)."""
 
-    coef: float = flag(1.0, "weight of the preference term in the expert's advantages; 0: the turn-level term alone")
     pairing: str = flag(
         "all", "which pairs of a group are compared", choices=("all", "best_worst", "adjacent", "listwise")
     )
     beta: float = flag(1.0, "sharpness of the preference: x = beta (m_w - m_l) - offset (R_w - R_l)")
-    weights: str = flag("mean", "turn weights w_t of m(tau)", choices=("sum", "mean", "dmpo"))
+    weights: str = flag("sum", "turn weights w_t of m(tau)", choices=("sum", "mean", "dmpo"))
     discount: float = flag(0.95, "discount g of the dmpo turn weights, in (0, 1)")
     margin: float = flag(0.0, "a pair counts only when its returns differ by more than this")
     label_smoothing: float = flag(0.0, "epsilon in [0, 0.5): probability that a preference is wrong")
     offset: float = flag(0.0, "delta >= 0: required log-ratio gap per unit of return gap")
     gap_weight: float = flag(0.0, "g >= 0: a pair weighs (R_w - R_l)^g; 0: all pairs alike")
-    trust_region: str = flag(
-        "clip",
-        "clip: coefficients at the sampler's parameters in the clipped policy loss; exact: the gradient of the written "
-        "loss at every optimizer step, unclipped",
-        choices=("clip", "exact"),
-    )
     reference: str = flag(
         "sampler", "reference policy inside m(tau): the initial model or the sampler", choices=("sampler", "initial")
     )
 
     def __post_init__(self) -> None:
         _check_values(self, "gopo.pref")
-        _require(self.coef >= 0, "--gopo.pref.coef", self.coef, "give 0 or more")
         _require(self.beta > 0, "--gopo.pref.beta", self.beta, "give a positive number")
         _require(0 < self.discount < 1, "--gopo.pref.discount", self.discount, "give a number in (0, 1)")
         _require(self.margin >= 0, "--gopo.pref.margin", self.margin, "give 0 or more")
@@ -114,7 +106,7 @@ class GopoConfig:
         choices=("label", "plan"),
     )
     expert_plan_tokens: int = flag(48, "token cap of one plan with --gopo.expert_mode plan")
-    expert_reward: str = flag("tse=1", "expert's return: weighted sum of trajectory metrics, e.g. tse=1,esndcg=0.5")
+    expert_reward: str = flag("tse=1,esndcg=1", "expert's return: weighted sum of trajectory metrics")
     responder_reward: str = flag("tse=0.5,gre=1", "responder's return, same form")
     reward: str = flag(
         None,
@@ -137,12 +129,6 @@ class GopoConfig:
         kind=int,
     )
     expert_passes: int = flag(1, "passes of the expert over the dialogues of a rollout, with --gopo.expert_steps")
-    expert_pg_coef: float = flag(0.0, "weight of the turn-level term in the expert's advantages")
-    expert_pg: str = flag(
-        "group",
-        "turn-level advantages of the expert: returns to go against the group, or gae with a critic on decisions",
-        choices=("group", "gae"),
-    )
     credit: str = flag(
         "trajectory",
         "responder's reward: the whole return at the last token, or what each turn earned at the end of its reply",
@@ -170,7 +156,7 @@ class GopoConfig:
         "dialogues are played again. Beyond that, and with --train.async_enable or --vllm.sync_with_ray, the run ends; "
         "--ckpt.load_enable goes on",
     )
-    eval_goals: int = flag(64, "held-out goals of one evaluation (in train_gopo --eval.steps says when)")
+    eval_goals: int = flag(200, "held-out goals of one evaluation (in train_gopo --eval.steps says when)")
     expert_num_engines: int = flag(None, "vLLM engines of the expert; default: --vllm.num_engines", kind=int)
     expert_gpu_memory_utilization: float = flag(
         None, "vLLM memory share of an expert engine; default: --vllm.gpu_memory_utilization", kind=float
@@ -196,16 +182,16 @@ class GopoConfig:
             "name an environment: shop, star, abcd, multiwoz, or path/to/file.py:ClassName",
         )
         counts = ("max_turns", "reply_max_tokens", "attempts", "eval_goals", "expert_num_engines", "schedule_steps")
-        for name in (*counts, "expert_plan_tokens"):
+        for name in (*counts, "expert_plan_tokens", "expert_steps", "expert_passes"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--gopo.{name}", value, "give 1 or more")
         _require(self.engine_restarts >= 0, "--gopo.engine_restarts", self.engine_restarts, "give 0 or more")
-        _require(self.expert_pg_coef >= 0, "--gopo.expert_pg_coef", self.expert_pg_coef, "give 0 or more")
+        self.expert_terms  # noqa: B018 - a bad value is an error now
         _require(
-            self.pref.coef + self.expert_pg_coef > 0,
-            "--gopo.pref.coef",
-            self.pref.coef,
-            "the expert has no term left to learn from; raise it or --gopo.expert_pg_coef",
+            self.expert_steps is not None or self.expert_passes == 1,
+            "--gopo.expert_passes",
+            self.expert_passes,
+            "give --gopo.expert_steps too: how many optimizer steps the passes are cut into",
         )
         share = self.expert_gpu_memory_utilization
         _require(
@@ -291,8 +277,8 @@ class GopoConfig:
 
     @property
     def expert_has_critic(self) -> bool:
-        """True when the expert's turn-level term needs a critic of its own."""
-        return self.expert_pg == "gae" and self.expert_pg_coef > 0
+        """True when a credit term of the expert needs a critic of its own."""
+        return "critic" in self.expert_terms
 
     def learners(self, step: int) -> tuple[str, ...]:
         """The roles that learn at ``step`` (0, 1, ...)."""

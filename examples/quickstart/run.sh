@@ -61,8 +61,8 @@ say "5/5 GOPO: expert and responder learn from $STEPS x 64 dialogues"
     --gopo.names_only \
     --gopo.common_random_numbers \
     --gopo.reply_max_tokens 32 \
-    --gopo.expert_reward tse=1,esndcg=1 \
-    --gopo.expert_pg_coef 1 \
+    --gopo.expert_steps 16 --gopo.expert_passes 2 \
+    --gopo.expert_credit group=1,q=1 \
     --actor.model_name_or_path "$OUT/warm_responder" \
     --expert.model_name_or_path "$OUT/warm_expert" \
     --actor.adam.lr 1e-4 \
@@ -78,7 +78,7 @@ say "5/5 GOPO: expert and responder learn from $STEPS x 64 dialogues"
     --data.max_samples $((8 * STEPS)) \
     --data.max_len 1280 \
     --vllm.enable_prefix_caching \
-    --eval.steps 1000 \
+    --eval.steps 4 \
     --eval.temperature 1.0 \
     --eval.n_samples_per_prompt 1 \
     --gopo.eval_goals 200 \

@@ -5,7 +5,8 @@
         --policy after=pair:runs/quickstart/expert,runs/quickstart/responder --policy random
 
 Every dialogue is kept as it ends: the same command again goes on where it stopped. The first policy is what the others
-are compared with. Flags have the names and meanings that they have in train_gopo.
+are compared with, sampled with sampled and greedy with greedy. Flags have the names and meanings that they have in
+train_gopo.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ GOPO = (
     *("expert_plan_tokens", "user_timeout", "attempts", "eval_goals", "worker_logs", "reward", "reward_timeout"),
 )
 UPSTREAM = (
-    *("data.max_len", "eval.temperature", "eval.n_samples_per_prompt", "rollout.top_p", "train.seed"),
+    *("data.max_len", "eval.n_samples_per_prompt", "rollout.top_p", "train.seed"),
     *("train.full_determinism_enable", "vllm.num_engines", "vllm.tensor_parallel_size"),
     *("vllm.gpu_memory_utilization", "vllm.enable_prefix_caching", "vllm.enforce_eager", "ds.param_dtype"),
 )
 AT_LEAST_ONE = (
-    *("concurrency", "eval.n_samples_per_prompt", "data.max_len"),
+    *("concurrency", "round_goals", "eval.n_samples_per_prompt", "data.max_len"),
     *("vllm.num_engines", "vllm.tensor_parallel_size"),
 )
 # What changes the dialogues: an evaluation goes on only where all of it is as before.
 FIXED = (
     *("gopo.env", "gopo.data", "gopo.user", "gopo.max_turns", "gopo.reply_max_tokens", "gopo.labels"),
-    *("gopo.names_only", "gopo.expert_mode", "gopo.expert_plan_tokens", "data.max_len", "eval.temperature"),
+    *("gopo.names_only", "gopo.expert_mode", "gopo.expert_plan_tokens", "data.max_len"),
     *("gopo.llm.temperature", "gopo.llm.max_new_tokens", "gopo.llm.extra_body", "gopo.reward"),
     *("rollout.top_p", "train.seed", "ds.param_dtype"),
 )
@@ -67,13 +68,26 @@ def build_parser(upstream: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--split", choices=("heldout", "train"), default="heldout", help="whose goals")
     parser.add_argument("--concurrency", type=int, default=64, help="dialogues under way at once")
     parser.add_argument("--price", metavar="PROMPT,COMPLETION", help="of a million tokens of endpoint policies")
+    parser.add_argument(
+        "--temperatures",
+        default="1,0",
+        help="every local model and vote is played at each; 0 is greedy, of a vote the most voted for",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=0,
+        help="times that a case memory plays training goals, sampled at 1, and adds the dialogues, before it is "
+        "evaluated",
+    )
+    parser.add_argument("--round_goals", type=int, default=64, help="training goals of a round, one dialogue each")
     add_flags(parser, GopoConfig, "gopo", GOPO)
     add_flags(parser, LlmConfig, LlmConfig.prefix)
     add_flags(parser, JudgeConfig, JudgeConfig.prefix)
     for action in upstream._actions:
         if action.dest in UPSTREAM:
             parser._add_action(action)
-    parser.set_defaults(**{"eval.n_samples_per_prompt": 1, "eval.temperature": 1.0, "vllm.num_engines": 1})
+    parser.set_defaults(**{"eval.n_samples_per_prompt": 1, "vllm.num_engines": 1})
     platform.adapt_flags(parser)
     return parser
 
@@ -86,7 +100,8 @@ def main(argv: list[str] | None = None) -> None:
         from openrlhf_gopo.runtime.upstream.cli import UpstreamCli
 
         flat = vars(build_parser(UpstreamCli.load().parser).parse_args(argv))
-        found = contenders.parse_contenders(flat["policy"])
+        temperatures = contenders.parse_temperatures(flat["temperatures"])
+        found = contenders.decoded(contenders.parse_contenders(flat["policy"]), temperatures)
         given = {f.name: flat[f"gopo.{f.name}"] for f in flags(GopoConfig) if f"gopo.{f.name}" in flat}
         llm = LlmConfig(**{f.name: flat[f"gopo.llm.{f.name}"] for f in flags(LlmConfig)})
         judge = JudgeConfig(**{f.name: flat[f"gopo.judge.{f.name}"] for f in flags(JudgeConfig)})
@@ -94,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
         for name in AT_LEAST_ONE:
             if flat[name] < 1:
                 raise ConfigError(f"--{name} {flat[name]}: give 1 or more")
+        if flat["rounds"] < 0:
+            raise ConfigError(f"--rounds {flat['rounds']}: give 0 or more")
         platform.activate()  # before transformers is imported
         if any(contender.models for contender in found):
             platform.forks.start()
@@ -129,7 +146,8 @@ def _digest(text: bytes) -> str:
 
 def _nested(flat: dict[str, Any]) -> SimpleNamespace:
     """Upstream's flags as its classes read them: ``vllm.num_engines`` is ``args.vllm.num_engines``."""
-    args = SimpleNamespace(concurrency=flat["concurrency"], vllm=SimpleNamespace(enable_sleep=False))
+    own = {name: flat[name] for name in ("concurrency", "rounds", "round_goals")}
+    args = SimpleNamespace(**own, vllm=SimpleNamespace(enable_sleep=False))
     for name in UPSTREAM:
         group, _, leaf = name.partition(".")
         setattr(args, group, getattr(args, group, SimpleNamespace()))
@@ -151,14 +169,16 @@ def _report(out: Path, evaluation: Evaluation, prices: Prices | None) -> int:
     """Play all, then write the report; the command's exit status."""
     from rich.console import Console
 
+    from openrlhf_gopo.evaluation.decoding import named
     from openrlhf_gopo.evaluation.report import write_results
     from openrlhf_gopo.evaluation.tables import write_text
 
-    phases, left_out = evaluation.run()
+    rows, left_out = evaluation.run()
+    phases, compared = named(rows)
     for name, why in left_out.items():
         print(f"eval_gopo: {name} left out: {why}", file=sys.stderr)
     if phases:
-        written = write_results(out, phases)
+        written = write_results(out, phases, compared=compared)
         written["costs"] = write_text(out / "costs.md", evaluation.costs(phases, prices))
         console = Console(soft_wrap=True)
         console.print(written["table"].read_text(encoding="utf-8"), markup=False)

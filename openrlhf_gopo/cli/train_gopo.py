@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from openrlhf_gopo import platform
 from openrlhf_gopo.config import (
@@ -29,6 +29,9 @@ from openrlhf_gopo.flag import add_flags
 from openrlhf_gopo.platform import forks
 from openrlhf_gopo.platform.imports import uncollected
 from openrlhf_gopo.platform.media import hide_what_cuda_builds_break
+
+if TYPE_CHECKING:
+    from openrlhf_gopo.evaluation.decoding import Rows
 
 SECTIONS = {
     "gopo": "this project's: environment, rollout, rewards, evaluation",
@@ -224,20 +227,22 @@ def _run(args: SimpleNamespace, config: GopoConfig) -> None:
     with uncollected():
         from openrlhf_gopo.runtime import launch
 
-    phases = launch.train(args, config, results)
-    _report(args, config, results, phases, time.time() - started)
+    rows = launch.train(args, config, results)
+    _report(args, config, results, rows, time.time() - started)
 
 
-def _report(args: SimpleNamespace, config: GopoConfig, results: Path, phases: dict, seconds: float) -> None:
+def _report(args: SimpleNamespace, config: GopoConfig, results: Path, rows: Rows, seconds: float) -> None:
     """The last screen: what happened, and where things are."""
     from rich.console import Console
 
     from openrlhf_gopo.evaluation.curves import write_learning_curves
+    from openrlhf_gopo.evaluation.decoding import named
     from openrlhf_gopo.evaluation.report import write_results
 
     metrics = results / "metrics.jsonl"
-    if phases:
-        written = write_results(results, phases, metrics)
+    if rows:
+        phases, compared = named(rows)
+        written = write_results(results, phases, metrics, compared)
     else:  # no --eval.steps, nothing to compare
         written = {"learning_curves": write_learning_curves(metrics, results / "learning_curves.png")}
     console = Console(soft_wrap=True)

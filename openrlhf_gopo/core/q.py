@@ -22,37 +22,35 @@ from dataclasses import dataclass
 
 import torch
 
-# Noise in G over what the features explain of it: the penalty of |u|^2 and of |v_z|^2. No row's |h|^2 grows with d.
-RIDGE_STATE = 1.0
-RIDGE_LABEL = 10.0
+# Noise in G over what the features explain of it: the penalties of |u|^2 and of |v_z|^2, for any d, as |h|^2 is about 1.
+RIDGE_STATE, RIDGE_LABEL = 0.1, 1.0
 MAX_LOG_RATIO = 20.0  # upstream's clamp, so that exp stays finite
 
 
 @dataclass(frozen=True)
 class QFit:
-    """A fitted Q. ``mean``, ``scale``: (d,), of the features. ``base``: mean return. ``u``: (d,). ``v``: (L, d + 1)."""
+    """A fitted Q. ``mean``, ``scale``: (d,), of the features. ``base``: mean return. ``u``: (d,). ``labels``: (K,) ids,
+    sorted. ``v``: (K + 1, d + 1), whose last row, zeros, is that of every other label."""
 
     mean: torch.Tensor
     scale: torch.Tensor
     base: torch.Tensor
     u: torch.Tensor
+    labels: torch.Tensor
     v: torch.Tensor
 
-    def values(self, h: torch.Tensor) -> torch.Tensor:
-        """Q(s, z) of every label: hidden states (N, d) -> (N, L), float64."""
+    def values(self, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Q(s, z): hidden states (N, d), label ids (N, L) -> (N, L), float64; any value at ids that are no labels."""
         x = (h.double() - self.mean) / self.scale
-        return (self.base + x @ self.u).unsqueeze(-1) + _with_bias(x) @ self.v.T
-
-    def of_chosen(self, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Q(s, z) of one label per state: (N, d), (N,) label indices -> (N,), float64."""
-        return self.values(h).gather(-1, z.unsqueeze(-1)).squeeze(-1)
+        place = torch.searchsorted(self.labels, z.contiguous()).clamp(max=len(self.labels) - 1)
+        place = torch.where(self.labels[place] == z, place, len(self.labels))
+        return (self.base + x @ self.u).unsqueeze(-1) + (_with_bias(x) @ self.v.T).gather(-1, place)
 
 
 def fit(
     h: torch.Tensor,
     z: torch.Tensor,
     togo: torch.Tensor,
-    num_labels: int,
     *,
     ridge_state: float = RIDGE_STATE,
     ridge_label: float = RIDGE_LABEL,
@@ -63,7 +61,7 @@ def fit(
     that no row chose has v_z = 0. There is no learning rate and no noise: equal rows give an equal Q.
 
     Args:
-        h: (N, d) hidden states, N >= 1. z: (N,) label indices in [0, num_labels). togo: (N,) returns to go.
+        h: (N, d) hidden states, N >= 1. z: (N,) ids of the chosen labels. togo: (N,) returns to go.
         ridge_state: penalty of |u|^2, positive. ridge_label: penalty of |v_z|^2, positive.
 
     Raises:
@@ -79,11 +77,9 @@ def fit(
     x, base = (h - mean) / scale, togo.mean()
     u = _ridge(x, togo - base, ridge_state)
     left, x = togo - base - x @ u, _with_bias(x)
-    v = x.new_zeros(num_labels, x.shape[1])
-    for label in z.unique().tolist():
-        mine = z == label
-        v[label] = _ridge(x[mine], left[mine], ridge_label)
-    return QFit(mean, scale, base, u, v)
+    labels = z.unique()
+    own = [_ridge(x[mine], left[mine], ridge_label) for mine in (z == label for label in labels)]
+    return QFit(mean, scale, base, u, labels, torch.stack([*own, torch.zeros_like(own[0])]))
 
 
 def explained_variance(predicted: torch.Tensor, togo: torch.Tensor) -> float | None:

@@ -1,7 +1,11 @@
-"""Turn-level credit: one reward per action of a role (a decision, a reply) instead of one per trajectory.
+"""Turn-level credit: what came after an action, against a baseline that does not depend on it.
 
-The actions of a batch stand one after the other, (N,); ``lengths`` says how many belong to each trajectory. GAE is that
-of arXiv 1506.02438 with the action, not the token, as the step.
+    G_it = sum_{u >= t} gamma^(u-t) r_iu      A_it = G_it - (1/(K-1)) sum_{j != i} G_jt      G_jt = 0 once j has ended
+
+for the K dialogues i of one goal, r_t the causal rewards of ``rewards.turns``. What the other dialogues earned from
+turn t on does not depend on one's own choice at t, so the baseline is unbiased. One number for all turns of a group is
+none: returns to go fall towards the end, so early actions would look good and late ones
+bad whatever was chosen. GAE is that of arXiv 1506.02438 with the decision, not the token, as the step.
 """
 
 from __future__ import annotations
@@ -36,44 +40,43 @@ def gae(
     return torch.tensor(advantages, dtype=torch.float64)
 
 
-def group_baseline(
-    scores: torch.Tensor, lengths: Sequence[int], groups: Sequence[torch.Tensor], *, estimator: str
-) -> torch.Tensor:
-    """Scores of actions, (N,), against those of the other dialogues of the same goal: (N,), float64.
+def turn_advantages(
+    rewards: Sequence[Sequence[float]], groups: Sequence[torch.Tensor], *, estimator: str = "rloo", gamma: float = 1.0
+) -> list[torch.Tensor]:
+    """A_it of every turn: rewards of M dialogues, T_i turns each -> M tensors (T_i + 1,), float64.
 
-    The baseline is one number for all the actions of a trajectory, never one per turn index: the policy decides how
-    many turns there are. ``estimator`` is OpenRLHF's name: "group_norm" (less the group's mean, over its standard
-    deviation), "reinforce_baseline" and "dr_grpo" (less the mean), "rloo" (less the mean of the others' actions),
-    "flash_reinforce" (less the batch's mean), "reinforce" (as they are). Trajectories in no group (quarantined) get
-    zeros.
+    The last entry is that of an action that no turn carried out: nothing comes after it.
 
     Args:
-        groups: LongTensors of trajectory indices.
+        groups: LongTensors of dialogue indices, the dialogues of one goal. A dialogue in no group (quarantined) gets
+            zeros. A group of one has no baseline: A = G.
+        estimator: OpenRLHF's name. "rloo", "reinforce_baseline", "dr_grpo": A as above, unbiased. "group_norm": A over
+            the standard deviation of the group's returns to go (0 for a single turn), which own choices move: biased
+            by O(1/K). "flash_reinforce": G less the mean over all turns of the batch, own ones included: biased.
+            "reinforce": G, unbiased.
+
+    Raises:
+        ValueError: unknown ``estimator``.
     """
-    scores = scores.double()
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
-    result = torch.zeros_like(scores)
-    everything = scores.mean() if len(scores) else scores.new_zeros(())
+    if estimator not in ("rloo", "reinforce_baseline", "dr_grpo", "group_norm", "flash_reinforce", "reinforce"):
+        raise ValueError(f"turn_advantages: unknown estimator {estimator!r}")
+    lengths = [len(row) for row in rewards]
+    togo = returns_to_go(torch.tensor([r for row in rewards for r in row], dtype=torch.float64), lengths, gamma)
+    table = torch.zeros(len(rewards), max(lengths, default=0) + 1, dtype=torch.float64)
+    for row, mine in zip(table, togo.split(lengths), strict=True):
+        row[: len(mine)] = mine
+    found = torch.zeros_like(table)
     for group in groups:
-        inside = torch.isin(owner, group)
-        mine = scores[inside]
-        if len(mine) == 0:
-            continue
-        if estimator == "rloo":
-            for i in group:
-                own, others = owner == i, inside & (owner != i)
-                result[own] = scores[own] - (scores[others].mean() if bool(others.any()) else 0.0)
-        elif estimator == "group_norm":
-            result[inside] = (mine - mine.mean()) / (mine.std() + 1e-9) if len(mine) > 1 else 0.0
-        elif estimator in ("reinforce_baseline", "dr_grpo"):
-            result[inside] = mine - mine.mean()
-        elif estimator == "flash_reinforce":
-            result[inside] = mine - everything
-        elif estimator == "reinforce":
-            result[inside] = mine
-        else:
-            raise ValueError(f"group_baseline: unknown estimator {estimator!r}")
-    return result
+        scores = table[group]
+        played = torch.cat([table[i, : lengths[i]] for i in group]) if len(group) else togo[:0]
+        if estimator == "flash_reinforce":
+            scores = scores - togo.mean()
+        elif estimator != "reinforce":
+            scores = scores - (scores.sum(0) - scores) / max(len(group) - 1, 1)
+        if estimator == "group_norm":
+            scores = scores / (played.std() + 1e-9) if len(played) > 1 else scores * 0.0
+        found[group] = scores
+    return [row[: length + 1] for row, length in zip(found, lengths, strict=True)]
 
 
 def unit_scale(advantages: torch.Tensor, eps: float = 1e-12) -> torch.Tensor:

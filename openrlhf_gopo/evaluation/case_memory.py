@@ -1,8 +1,6 @@
-"""A memory of decisions in past training dialogues, after Memento (arXiv 2508.16153): learning without weight updates.
+"""A memory of decisions in past training dialogues, for a vote (``memento.CaseVote``): learning without weight updates.
 
-The paper keeps cases (situation, what was done, reward) and lets a fixed model act on those it retrieves: by
-similarity, or by a learned Q(situation, case), fitted with cross-entropy to whether a case led to success. Ours, not
-the paper's:
+It is ours: the idea of acting on retrieved cases is Memento's (arXiv 2508.16153), whose own method is ``case_bank``.
 
 - A case is one decision of the expert. Its situation is of what the expert knew: the context, the customer's first and
   last words, the strategies so far. Its outcome is the dialogue's return r = TSE / 100, and whether it succeeded.
@@ -18,32 +16,35 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from openrlhf_gopo.errors import ConfigError, DataError
+from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.evaluation.case_index import CaseIndex, Floats
+from openrlhf_gopo.evaluation.case_store import (
+    CAPACITY,
+    Logistic,
+    Strict,
+    one_line,
+    outcome,
+    read_cases,
+    usable,
+    write_cases,
+)
 from openrlhf_gopo.rewards.text import words
-from openrlhf_gopo.types import StopReason, Trajectory, Turn
+from openrlhf_gopo.types import Trajectory, Turn
 
-CAPACITY = 20_000
 CANDIDATES = 4  # times as many cases as asked for are ranked by Q
 LESSONS = 64  # cases that Q is fitted to for each decision of a new dialogue
-RATE = 0.3  # AdaGrad's step
 PARTS = 4
 FEATURES = 2 + 2 * PARTS
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Situation(_Strict):
+class Situation(Strict):
     """What an expert knows when it decides."""
 
     context: str
@@ -68,24 +69,13 @@ class Situation(_Strict):
         return [words(self.context), words(self.opening), words(self.user), [*self.strategies, *last]]
 
 
-class Precedent(_Strict):
+class Precedent(Strict):
     """One case: ``strategy`` was chosen in ``situation``; its dialogue ended with return ``score`` in [0, 1]."""
 
     situation: Situation
     strategy: str
     score: Annotated[float, Field(ge=0, le=1)]
     success: bool
-
-
-Record = TypeVar("Record", bound=_Strict)
-
-
-class _Head(_Strict):
-    """First line of a file: how much the memory holds, and what Q learnt."""
-
-    capacity: Annotated[int, Field(ge=1)]
-    weights: Annotated[tuple[float, ...], Field(min_length=FEATURES, max_length=FEATURES)]
-    squares: Annotated[tuple[float, ...], Field(min_length=FEATURES, max_length=FEATURES)]
 
 
 @dataclass(frozen=True)
@@ -112,8 +102,7 @@ class CaseMemory:
         self.capacity, self.frozen = capacity, False
         self._cases: deque[Precedent] = deque()
         self._index = CaseIndex(PARTS)
-        self._weights = np.zeros(FEATURES)
-        self._squares = np.zeros(FEATURES)
+        self._q = Logistic(FEATURES)
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -133,18 +122,9 @@ class CaseMemory:
         Raises:
             DataError: the memory is frozen, or the goal is not one of training, or the dialogue has no ``tse``.
         """
-        goal = trajectory.goal
-        if self.frozen:
-            raise DataError(f"goal {goal.id}: the case memory is frozen, as in an evaluation; add dialogues before it")
-        if goal.split != "train":
-            raise DataError(
-                f"goal {goal.id}: it is of the split {goal.split!r}; a case memory takes training goals only"
-            )
-        if trajectory.stop is StopReason.FAILED:
+        if not usable(trajectory, self.frozen):
             return 0
-        if "tse" not in trajectory.rewards:
-            raise DataError(f"goal {goal.id}: its dialogue has no reward tse; score it first")
-        score = min(1.0, trajectory.rewards["tse"] / 100.0)  # weights of subgoals sum to 1 up to rounding
+        goal, score = trajectory.goal, outcome(trajectory)
         new = [
             Precedent(
                 situation=Situation.of(goal.context, trajectory.turns[:index], turn.user),
@@ -162,6 +142,11 @@ class CaseMemory:
                 self._keep(case)
         return len(new)
 
+    def grow(self, played: Iterable[Trajectory]) -> None:
+        """Add dialogues that a policy with this memory has played."""
+        for trajectory in played:
+            self.add(trajectory)
+
     def recall(self, situation: Situation, k: int, allowed: Collection[str], *, by_q: bool = False) -> list[Recalled]:
         """At most ``k`` cases whose strategy is in ``allowed``, the most similar first, the newer of equal ones.
 
@@ -169,37 +154,22 @@ class CaseMemory:
         """
         with self._lock:
             cases, similarities, features = self._nearest(situation, CANDIDATES * k if by_q else k, allowed)
-            values = _sigmoid(features @ self._weights)
+            values = self._q(features)
         found = [Recalled(*one) for one in zip(cases, similarities.tolist(), values.tolist(), strict=True)]
         return sorted(found, key=lambda one: -one.q)[:k] if by_q else found
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all of it as JSON lines, in one move: a reader finds the old file or the new one."""
+        """Write all of it; see ``write_cases``."""
         with self._lock:
-            head = _Head(
-                capacity=self.capacity, weights=tuple(self._weights.tolist()), squares=tuple(self._squares.tolist())
-            )
-            lines = [head.model_dump_json(), *(case.model_dump_json() for case in self._cases)]
-        draft = Path(f"{os.fspath(path)}.tmp")
-        draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        draft.replace(path)
+            write_cases(path, self.capacity, self._q, self._cases)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CaseMemory:
-        """Read what ``save`` wrote.
-
-        Raises:
-            DataError: no such file, or a line that breaks the layout; names ``file:line:field``.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise DataError(f"{path}: no such case memory; give a file that CaseMemory.save wrote")
-        with path.open("rb") as file:
-            head = _read(_Head, file.readline(), f"{path}:1")
-            memory = cls(head.capacity)
-            memory._weights, memory._squares = np.array(head.weights), np.array(head.squares)
-            for number, line in enumerate(file, start=2):
-                memory._keep(_read(Precedent, line, f"{path}:{number}"))
+        """Read what ``save`` wrote; see ``read_cases``."""
+        memory = cls()
+        memory.capacity, cases = read_cases(path, Precedent, memory._q)
+        for case in cases:
+            memory._keep(case)
         return memory
 
     def _keep(self, case: Precedent) -> None:
@@ -226,25 +196,4 @@ class CaseMemory:
     def _learn(self, new: Precedent) -> None:
         """One AdaGrad step on the mean cross-entropy between ``new``'s return and Q of the cases that it followed."""
         _, _, features = self._nearest(new.situation, LESSONS, (new.strategy,))
-        if len(features):
-            slope = features.T @ (_sigmoid(features @ self._weights) - new.score) / len(features)
-            self._squares += slope**2
-            self._weights -= RATE * slope / np.sqrt(self._squares + 1e-12)
-
-
-def _sigmoid(x: Floats) -> Floats:
-    return 1.0 / (1.0 + np.exp(-x))
-
-
-def _read(model: type[Record], line: bytes, where: str) -> Record:
-    try:
-        return model.model_validate_json(line)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ":".join([where, *filter(None, [".".join(map(str, first["loc"]))])])
-        raise DataError(f"{place}: {first['msg']}, got {first['input']!r:.80}") from None
-
-
-def one_line(text: str) -> str:
-    """``text`` without line breaks and lone surrogates."""
-    return " ".join(text.split()).encode("utf-8", "replace").decode()
+        self._q.learn(features, new.score)

@@ -37,24 +37,32 @@ class Difference:
     p_holm: dict[str, float]
 
 
-def compare(results: Mapping[str, Summary]) -> tuple[dict[str, Difference], dict[str, str]]:
-    """Each later policy minus the first, Holm-corrected per metric over the policies; and why others have none.
+def compare(
+    results: Mapping[str, Summary], compared: Mapping[str, str]
+) -> tuple[dict[str, Difference], dict[str, str]]:
+    """Each row of ``compared`` minus the one it is compared with, and why others have no difference.
 
-    Policies that cannot be paired (other environment, data or split) are in the second map: name to reason.
+    Holm-corrected per metric over the rows that are compared with the same one. Rows that cannot be paired (other
+    environment, data or split) are in the second map: name to reason.
     """
     found: dict[str, Difference] = {}
     refused: dict[str, str] = {}
-    (base, before), *others = results.items()
-    for name, after in others:
+    for name, base in compared.items():
         try:
-            found[name] = paired_difference(before, after)
+            found[name] = paired_difference(results[base], results[name])
         except DataError as error:
             refused[name] = f"{name} stands alone, without a difference to {base}: {error}"
-    for metric in dict.fromkeys(metric for difference in found.values() for metric in difference.p):
-        measured = [name for name, difference in found.items() if metric in difference.p]
-        for name, p in zip(measured, holm([found[name].p[metric] for name in measured]), strict=True):
-            found[name] = replace(found[name], p_holm=found[name].p_holm | {metric: p})
+    for base in dict.fromkeys(compared.values()):
+        _correct({name: found[name] for name in found if compared[name] == base}, found)
     return found, refused
+
+
+def _correct(family: Mapping[str, Difference], found: dict[str, Difference]) -> None:
+    """Put Holm's p-values of ``family`` into ``found``, metric by metric."""
+    for metric in dict.fromkeys(metric for difference in family.values() for metric in difference.p):
+        measured = [name for name, difference in family.items() if metric in difference.p]
+        for name, p in zip(measured, holm([family[name].p[metric] for name in measured]), strict=True):
+            found[name] = replace(found[name], p_holm=found[name].p_holm | {metric: p})
 
 
 def paired_difference(before: Summary, after: Summary, resamples: int = RESAMPLES, seed: int = 0) -> Difference:

@@ -4,36 +4,43 @@ pair:EXPERT,RESPONDER     two halves; each is one of
                           PATH                    a local Hugging Face model, through vLLM
                           endpoint:MODEL@URL      a model behind an OpenAI-compatible API
                           scripted[:SKILL]        a script that sees the hidden goal; random: its skill 0
-                          memento:FILE            experts only: similar decisions in the training dialogues of FILE,
-                                                  a trajectories.jsonl, vote; memento_q: ranked by a learned Q
-                          advised:FILE:HALF       experts only: HALF, which reads such decisions before it decides
+                          vote:FILE               experts only: similar decisions in the training dialogues of FILE,
+                                                  a trajectories.jsonl, vote; vote_q: ranked by a learned Q
+                          memento:FILE:HALF       experts only: HALF, a model or an endpoint, which reads similar
+                                                  dialogues of FILE, that ended well and ill, before it decides
 endpoint:MODEL@URL        one remote model as both halves
 single:PATH               one local model as --gopo.policy single_level trains it
 scripted[:SKILL], random  the script as both halves
 human, human:FILE         the human dialogues the goals were made from, or logs in the format of cli.logs: scored
+
+Local models and votes are played at every one of --temperatures, others once. vote, vote_q and memento add --rounds of
+training dialogues of their own to those of FILE before held-out goals are played.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from openrlhf_gopo.endpoint.client import checked_url
 from openrlhf_gopo.errors import ConfigError
+from openrlhf_gopo.evaluation.decoding import decoding_name, row_name
 from openrlhf_gopo.evaluation.scripted import ScriptedPolicy
 
 KINDS = ("pair", "single", "endpoint", "scripted", "random", "human")
-HALVES = ("model", "endpoint", "scripted", "random", "memento", "memento_q")
+HALVES = ("model", "endpoint", "scripted", "random", "vote", "vote_q")
 SCRIPTS = ("scripted", "random")
-CASES = ("memento", "memento_q", "advised")  # experts with a case memory
+VOTES = ("vote", "vote_q")
+CASES = (*VOTES, "memento")  # experts with a case memory
 
 
 @dataclass(frozen=True)
 class Half:
     """``kind`` is one of ``HALVES``; ``value`` is what follows: a path, MODEL@URL, a skill.
 
-    ``cases``: the dialogues whose decisions vote (memento), or are shown to it; None without a case memory.
+    ``cases``: the dialogues whose decisions vote, or which are shown to it (memento); None without a case memory.
     """
 
     kind: str
@@ -59,6 +66,7 @@ class Contender:
     """One row of an evaluation. ``kind``: pair, single or human; of a single both halves are the same model.
 
     ``expert`` and ``responder`` are None for human dialogues; ``file`` is their log, if they have one of their own.
+    ``temperature``: of its decoding, 0 is greedy; None where nothing is decoded at a temperature of ours.
     """
 
     name: str
@@ -67,6 +75,12 @@ class Contender:
     expert: Half | None = None
     responder: Half | None = None
     file: str | None = None
+    temperature: float | None = None
+
+    @property
+    def row(self) -> str:
+        """The name of its row: of all that ``decoded`` made of a policy, each has another."""
+        return row_name(self.name, self.temperature)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -76,7 +90,7 @@ class Contender:
 
     @property
     def folder(self) -> str:
-        """The name of its folder on disk."""
+        """The name of its policy's folder on disk."""
         return re.sub(r"[^\w.-]+", "_", self.name).strip("._") or "policy"
 
 
@@ -98,6 +112,31 @@ def parse_contenders(texts: Iterable[str]) -> list[Contender]:
     if not found:
         raise ConfigError("--policy: give at least one, as in --policy after=pair:runs/expert,runs/responder")
     return list(found.values())
+
+
+def decoded(contenders: Iterable[Contender], temperatures: Sequence[float]) -> list[Contender]:
+    """Each policy once per temperature, if it samples anything at one; once otherwise."""
+    found = []
+    for contender in contenders:
+        halves = (contender.expert, contender.responder)
+        samples = any(half is not None and half.kind in ("model", *VOTES) for half in halves)
+        found += [replace(contender, temperature=one) for one in (temperatures if samples else [None])]
+    return found
+
+
+def parse_temperatures(text: str) -> list[float]:
+    """``--temperatures``, in order.
+
+    Raises:
+        ConfigError: not such a list.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or len(set(map(decoding_name, found))) < len(found) or not all(0 <= one < inf for one in found):
+        raise ConfigError(f"--temperatures {text}: give different numbers of 0 or more, as in 1,0; 0 is greedy")
+    return found
 
 
 def _contender(text: str) -> Contender:
@@ -129,13 +168,13 @@ def _half(text: str, part: str) -> Half:
     kind, _, value = part.partition(":")
     if kind in CASES:
         cases, _, inner = value.partition(":")
-        if not cases or bool(inner) != (kind == "advised"):
-            raise ConfigError(f"--policy {text}: half {part!r}: give memento:FILE, memento_q:FILE or advised:FILE:HALF")
-        if kind != "advised":
+        if not cases or bool(inner) != (kind == "memento"):
+            raise ConfigError(f"--policy {text}: half {part!r}: give vote:FILE, vote_q:FILE or memento:FILE:HALF")
+        if kind in VOTES:
             return Half(kind, cases=cases)
         asked = _half(text, inner)
         if asked.kind not in ("model", "endpoint"):
-            raise ConfigError(f"--policy {text}: advice is for a model or an endpoint, {inner!r} reads none")
+            raise ConfigError(f"--policy {text}: memento is for a model or an endpoint, {inner!r} reads no cases")
         return replace(asked, cases=cases)
     half = Half(kind, value) if kind in HALVES[1:] else Half("model", part)
     place = re.fullmatch(r"(.+?)@(\w+://.+)", value) if half.kind == "endpoint" else None

@@ -22,6 +22,7 @@ STOP_PREFIX = "rollout/stop/"
 SMOOTH_FROM = 40  # points; from here on a running mean is drawn over the raw curve
 # Okabe-Ito: told apart by colour-blind readers
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7F7F7F"
+BLACK = "#000000"
 STOP_COLOURS = {
     "completed": GREEN,
     "closed": PURPLE,
@@ -154,20 +155,42 @@ def _finish(
         axes.set_yticks([])
 
 
+def _heldout(axes: Axes, metrics: Metrics, metric: str, label: str) -> bool:
+    """Held-out evaluations as points over the training curve, each with its 95% interval over goals, by decoding."""
+    decodings = (("eval_", BLUE, "o", "-", label), ("eval_greedy_", BLACK, "s", ":", f"{label}, greedy"))
+    drawn = False
+    for prefix, colour, marker, dashes, name in decodings:
+        points, low, high = (metrics.get(f"{prefix}{metric}{part}") for part in ("", "_low", "_high"))
+        if points is None:
+            continue
+        drawn = True
+        style: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "linestyle": dashes,
+            "linewidth": 1.8,
+            "markersize": 4.5,
+        }
+        if low and high and low[0] == high[0] == points[0]:
+            reach = [np.subtract(points[1], low[1]), np.subtract(high[1], points[1])]
+            axes.errorbar(*points, yerr=np.maximum(reach, 0.0), capsize=3, zorder=3, label=f"{name} [95%]", **style)
+        else:
+            axes.plot(*points, zorder=3, label=name, **style)
+    return drawn
+
+
 def _tse(axes: Axes, metrics: Metrics) -> None:
-    drawn = [_line(axes, metrics.get("rollout/tse"), "training rollouts", ORANGE)]
-    evaluated, low, high = (metrics.get(key) for key in ("eval_tse", "eval_tse_low", "eval_tse_high"))
-    if low and high and low[0] == high[0]:
-        axes.fill_between(low[0], low[1], high[1], color=BLUE, alpha=0.18, linewidth=0, label="95% interval over goals")
-    if evaluated:
-        axes.plot(*evaluated, color=BLUE, linewidth=2, marker="o", markersize=4.5, label="held-out evaluation")
-    _finish(axes, "Task-focused Sequential Engagement", "TSE (0 to 100)", [*drawn, evaluated is not None])
+    drawn = [
+        _line(axes, metrics.get("rollout/tse"), "training rollouts", ORANGE),
+        _heldout(axes, metrics, "tse", "held-out goals"),
+    ]
+    _finish(axes, "Task-focused Sequential Engagement", "TSE (0 to 100)", drawn)
 
 
 def _endings(axes: Axes, metrics: Metrics) -> None:
     drawn = [
         _line(axes, metrics.get("rollout/success"), "success, training", ORANGE, linewidth=2.2),
-        _line(axes, metrics.get("eval_success"), "success, held-out", BLUE, linewidth=2.2),
+        _heldout(axes, metrics, "success", "success, held-out"),
     ]
     for reason, colour in STOP_COLOURS.items():
         series = metrics.get(STOP_PREFIX + reason)

@@ -25,12 +25,15 @@ def table_text(results: Mapping[str, Summary]) -> str:
 
 
 def write_results(
-    folder: str | os.PathLike[str], phases: Phases, metrics_jsonl: str | os.PathLike[str] | None = None
+    folder: str | os.PathLike[str],
+    phases: Phases,
+    metrics_jsonl: str | os.PathLike[str] | None = None,
+    compared: Mapping[str, str] | None = None,
 ) -> dict[str, Path]:
     """Write table.md, table.csv, slices.md, intervals.png, transcripts.html and, with metrics, learning_curves.png.
 
-    ``phases`` maps a policy or phase ("before training", "after training") to its scored dialogues; the first one is
-    what the others are compared with. Returns the paths by name.
+    ``phases`` maps a policy or phase ("before training, greedy") to its scored dialogues; ``compared`` maps a phase to
+    the one that it is compared with, None: all later ones with the first. Returns the paths by name.
 
     Raises:
         ValueError: ``phases`` is empty.
@@ -41,7 +44,7 @@ def write_results(
     paths: dict[str, Path] = {}
     if metrics_jsonl is not None:
         paths["learning_curves"] = write_learning_curves(metrics_jsonl, folder / "learning_curves.png")
-    table = Table.of({name: summarise(trajectories) for name, trajectories in phases.items()})
+    table = Table.of({name: summarise(trajectories) for name, trajectories in phases.items()}, compared)
     slices = slice_grid(phases)
     paths["table"] = write_text(folder / "table.md", table.text())
     paths["csv"] = table.write_csv(folder / "table.csv")

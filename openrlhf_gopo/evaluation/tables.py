@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,41 +41,43 @@ Grid = tuple[list[str], list[list[str]]]  # header and cells
 
 @dataclass(frozen=True)
 class Table:
-    """Policies, the differences of the later ones to the first, and notes that a reader of the figures needs.
+    """Policies, differences between them, and notes that a reader of the figures needs.
 
-    ``Table.of`` does the statistics, once for all the forms below.
+    ``compared``: row -> the row that it is compared with. ``Table.of`` does the statistics, once for all the forms
+    below.
     """
 
     results: Mapping[str, Summary]
     differences: Mapping[str, Difference]
+    compared: Mapping[str, str]
     notes: Sequence[str]
 
     @classmethod
-    def of(cls, results: Mapping[str, Summary]) -> Table:
-        """Compare every later policy with the first.
+    def of(cls, results: Mapping[str, Summary], compared: Mapping[str, str] | None = None) -> Table:
+        """Compare every row of ``compared`` with its own; None: every later one with the first.
 
         Raises:
             ValueError: ``results`` is empty.
         """
         if not results:
             raise ValueError("a table needs at least one policy")
-        differences, refused = compare(results)
+        base, *later = results
+        compared = dict.fromkeys(later, base) if compared is None else compared
+        differences, refused = compare(results, compared)
         notes = [
             "Mean over goals [95% bootstrap interval over goals]. Failed dialogues are counted and enter no metric."
         ]
         if differences:
-            family = f", Holm-corrected over the {len(differences)} policies compared" if len(differences) > 1 else ""
             notes.append(
                 "Differences are paired over the goals shared; "
-                f"p: two-sided sign-flip test of the mean difference over goals{family}."
+                f"p: two-sided sign-flip test of the mean difference over goals{_family(differences, compared)}."
             )
-        base = next(iter(results))
         notes += [
-            f"{name} and {base}: {difference.unpaired} goals are in one of them only and enter no difference."
+            f"{name} and {compared[name]}: {difference.unpaired} goals are in one of them only and enter no difference."
             for name, difference in differences.items()
             if difference.unpaired
         ]
-        return cls(results, differences, [*notes, *(f"{reason}." for reason in refused.values())])
+        return cls(results, differences, compared, [*notes, *(f"{reason}." for reason in refused.values())])
 
     @property
     def metrics(self) -> list[str]:
@@ -125,7 +128,17 @@ class Table:
         return Path(path)
 
     def _minus(self, name: str) -> str:
-        return f"{name} - {next(iter(self.results))}"
+        return f"{name} - {self.compared[name]}"
+
+
+def _family(differences: Mapping[str, Difference], compared: Mapping[str, str]) -> str:
+    """What the p-values were corrected over, as the end of a sentence."""
+    sizes = Counter(compared[name] for name in differences)
+    if max(sizes.values()) == 1:
+        return ""
+    if len(sizes) == 1:
+        return f", Holm-corrected over the {len(differences)} policies compared"
+    return ", Holm-corrected over the policies compared with the same one"
 
 
 def title(metric: str) -> str:

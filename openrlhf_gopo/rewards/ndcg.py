@@ -26,23 +26,9 @@ def esndcg(trajectory: Trajectory) -> float:
     >>> round(esndcg(Trajectory(Goal("g", "", "", {"x": 1.0}), 0, 0, [first, second])), 4)
     0.5307
     """
-    gained, best = _discounted(trajectory)
-    possible = sum(best)
-    # One division of two sums: rounded addition is monotone, so the best choices score 1 exactly, and never more.
-    return sum(gained) / possible if possible > 0 else 0.0
-
-
-def gains(trajectory: Trajectory) -> list[float]:
-    """What each turn adds to ESNDCG: rel_t(z_t) / log2(t + 2) over the denominator above."""
-    gained, best = _discounted(trajectory)
-    possible = sum(best)
-    return [gain / possible if possible > 0 else 0.0 for gain in gained]
-
-
-def _discounted(trajectory: Trajectory) -> tuple[list[float], list[float]]:
-    """Per turn, the grade of the choice and of the best choice, each over log2(t + 2)."""
     discounts = [math.log2(t + 2) for t in range(len(trajectory.turns))]
-    return (
-        [turn.relevance.get(turn.strategy, 0) / d for turn, d in zip(trajectory.turns, discounts, strict=True)],
-        [max(turn.relevance.values(), default=0) / d for turn, d in zip(trajectory.turns, discounts, strict=True)],
-    )
+    graded = list(zip(trajectory.turns, discounts, strict=True))
+    gained = sum(turn.relevance.get(turn.strategy, 0) / d for turn, d in graded)
+    possible = sum(max(turn.relevance.values(), default=0) / d for turn, d in graded)
+    # One division of two sums: rounded addition is monotone, so the best choices score 1 exactly, and never more.
+    return gained / possible if possible > 0 else 0.0

@@ -1,24 +1,25 @@
 """The joint reward turn by turn: what each turn added to its trajectory's return. Ours, not the paper's.
 
-Every built-in metric is a sum over turns, so nothing is invented here and nothing is lost:
+    r_t = R(tau_<=t) - R(tau_<t)        R of a prefix: its joint reward, had the dialogue ended there; R of nothing is 0
 
-    TSE      the weight of the subgoals completed at t, times ((1 - kappa) + kappa E) of the whole dialogue
-    ESNDCG   rel_t(z_t) / log2(t + 2), over the metric's denominator
-    GRE      the reply's own score / T; its parts and SOP compliance likewise
-    turns    1          success, and the metrics of --gopo.reward: all of it at the last turn
+The rewards are causal (r_t depends on no later turn) and telescope to the return. So sum_{u >= t} r_u is all that the
+choice at t can change: the rewards before t were settled before it.
+
+Metrics of --gopo.reward know whole dialogues alone: all of theirs is earned at the last turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 
 from openrlhf_gopo.rewards.joint import METRICS, joint
-from openrlhf_gopo.rewards.ndcg import gains
 from openrlhf_gopo.rewards.response import reply_scores
-from openrlhf_gopo.rewards.tse import KAPPA, focused_engagement
+from openrlhf_gopo.rewards.tse import KAPPA
 from openrlhf_gopo.types import Trajectory
 
-REPLY_METRICS = {"realised", "grounded", "no_repetition", "gre"}
+REPLY_METRICS = ("realised", "grounded", "no_repetition", "gre")
 
 
 def turn_rewards(trajectory: Trajectory, weights: Mapping[str, float], kappa: float = KAPPA) -> list[float]:
@@ -26,46 +27,47 @@ def turn_rewards(trajectory: Trajectory, weights: Mapping[str, float], kappa: fl
 
     Built-in metrics are computed anew, all others taken from ``trajectory.rewards``.
 
-    Two subgoals worth 0.4 and 0.6, completed at turns 0 and 2 of three fully engaged turns on task, so E = 1:
+    Two subgoals worth 0.4 and 0.6, completed at turns 0 and 2; the turn between is off task, so that E falls from 1 to
+    1/2 and ends at 2/3: R = 0.4, 0.4 x 0.75, 1 x 0.8333.
 
     >>> from openrlhf_gopo.types import Goal, Trajectory, Turn
     >>> goal = Goal("g", "refund", "", {"find": 0.4, "refund": 0.6})
     >>> done = [("find",), (), ("refund",)]
-    >>> turns = [Turn("hi", (), "s", "a b c", completed=c, engagement=1.0, on_task=True) for c in done]
-    >>> turn_rewards(Trajectory(goal, 0, 0, turns), {"tse": 1.0})
-    [0.4, 0.0, 0.6]
+    >>> turns = [Turn("hi", (), "s", "a b c", completed=c, engagement=1.0, on_task=bool(c)) for c in done]
+    >>> [round(r, 4) for r in turn_rewards(Trajectory(goal, 0, 0, turns), {"tse": 1.0})]
+    [0.4, -0.1, 0.5333]
     """
-    turns = trajectory.turns
-    count, last = len(turns), len(turns) - 1
-    focus = 1.0 - kappa + kappa * focused_engagement(trajectory)
+    values = [joint(metrics, weights) for metrics in _prefixes(trajectory, weights, kappa)]
+    return [after - before for before, after in zip([0.0, *values], values, strict=False)]
+
+
+def _prefixes(trajectory: Trajectory, weights: Mapping[str, float], kappa: float) -> Iterator[dict[str, float]]:
+    """The metrics of the first 1, 2, ..., T turns, each from the sums over the turns before."""
+    turns, open_goals = trajectory.turns, dict(trajectory.goal.subgoals)
     further = {name: value for name, value in trajectory.rewards.items() if name not in METRICS}
-    open_goals = dict(trajectory.goal.subgoals)
-    earned = []
-    # Reading the replies takes longer than all the rest, and the expert's return rarely asks for it.
-    replies = reply_scores(trajectory) if weights.keys() & REPLY_METRICS else [dict[str, float]()] * count
-    for t, (turn, gain, reply) in enumerate(zip(turns, gains(trajectory), replies, strict=True)):
-        done = sum(open_goals.pop(subgoal, 0.0) for subgoal in turn.completed)
-        metrics = {name: value / count for name, value in reply.items()} | {
-            "tse": 100.0 * done * focus,
-            "esndcg": gain,
-            "success": float(trajectory.success) if t == last else 0.0,
-            "turns": 1.0,
-            "sop": (turn.strategy in turn.allowed) / count,
+    replies = _means(trajectory) if any(name in weights for name in REPLY_METRICS) else None
+    done: list[float] = []
+    focus = gained = possible = kept = 0.0
+    for count, turn in enumerate(turns, 1):
+        done += [open_goals.pop(subgoal, 0.0) for subgoal in turn.completed]
+        focus += turn.engagement if turn.on_task else 0.0
+        gained += turn.relevance.get(turn.strategy, 0) / math.log2(count + 1)
+        possible += max(turn.relevance.values(), default=0) / math.log2(count + 1)
+        kept += turn.strategy in turn.allowed
+        last = count == len(turns)
+        yield {
+            "tse": 100.0 * math.fsum(done) * (1.0 - kappa + kappa * focus / count),
+            "esndcg": gained / possible if possible > 0 else 0.0,
+            "success": float(trajectory.success) if last else float(not open_goals),
+            "turns": float(count),
+            "sop": kept / count,
+            **(next(replies) if replies else {}),
+            **{name: value if last else 0.0 for name, value in further.items()},
         }
-        metrics |= {name: value if t == last else 0.0 for name, value in further.items()}
-        earned.append(joint(metrics, weights))
-    return earned
 
 
-def decision_rewards(trajectory: Trajectory, weights: Mapping[str, float]) -> list[float]:
-    """What the expert's decisions earned: r_t from the turn of one to the turn before the next, in order.
-
-    A forced turn is nobody's decision: its reward belongs to the decision before it, or to none.
-    """
-    earned: list[float] = []
-    for turn, reward in zip(trajectory.turns, turn_rewards(trajectory, weights), strict=True):
-        if not turn.forced:
-            earned.append(reward)
-        elif earned:
-            earned[-1] += reward
-    return earned
+def _means(trajectory: Trajectory) -> Iterator[dict[str, float]]:
+    """The mean of each reply metric over the first 1, 2, ..., T replies."""
+    scores = reply_scores(trajectory)
+    sums = {name: list(accumulate(reply[name] for reply in scores)) for name in REPLY_METRICS}
+    yield from ({name: sums[name][n] / (n + 1) for name in REPLY_METRICS} for n in range(len(scores)))

@@ -27,7 +27,10 @@ class Case:
 
 
 Advice = Callable[[Case, Sequence[Turn], Turn], str]
-"""What an expert reads before it decides (dialogue, past turns, the turn to decide); "" for nothing."""
+"""What an expert reads before it decides (dialogue, past turns, the turn to decide); "" for nothing.
+
+Of one dialogue it is the same text at every turn: an expert that remembers reads it once.
+"""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ class TokenLimits(Limits):
 class SampledPolicy:
     """``policy`` says which tokens are asked; ``generate`` (by role) samples them.
 
-    ``advice``: what the expert reads first in a turn that it decides; it stays in its stream, as all that was asked.
+    ``advice``: what the expert reads first, once, in the first turn that it decides: it stays in its stream, as all
+    that was asked.
     An engine's exception is not a dialogue's fault: it is no ``DialogueError`` and ends the rollout.
     """
 
@@ -68,7 +69,7 @@ class _Expert:
     async def choose(self, past: Sequence[Turn], turn: Turn) -> Choice | None:
         policy, limits = self.sampled.policy, self.sampled.limits
         text = policy.decision_text(past[-1].reply if past else None, turn.user)
-        if self.sampled.advice and len(turn.allowed) > 1:
+        if self.sampled.advice and len(turn.allowed) > 1 and all(before.forced for before in past):
             text = "\n".join(filter(None, (self.sampled.advice(self.case, past, turn), text)))
         asked = self.stream.message(text)
         if _full(self.stream, asked, 1 + policy.room_to_plan(), limits):

@@ -6,23 +6,33 @@ ppo_actor.py:510 and :585, launcher.py:107), so those names are substituted whil
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from openrlhf.trainer.ray import launcher, ppo_actor, ppo_critic
 
-from openrlhf_gopo.runtime.exact import ExactPreferenceTrainer
 from openrlhf_gopo.runtime.models import RoleActor, RoleCriticTrainer, RolePPOTrainer, substituted
+from openrlhf_gopo.runtime.q_credit import QCreditTrainer
 
 
 class _RolePolicy(ppo_actor.PolicyModelActor.__ray_metadata__.modified_class):
     def init_model_from_pretrained(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        preference = getattr(strategy.args, "preference", None)
-        exact = preference is not None and preference.trust_region == "exact"
-        trainer = ExactPreferenceTrainer if exact else RolePPOTrainer
+        trainer = QCreditTrainer if getattr(strategy.args, "q_weight", 0.0) else RolePPOTrainer
         with substituted(ppo_actor, Actor=RoleActor, ActorPPOTrainer=trainer):
             super().init_model_from_pretrained(strategy, *args, **kwargs)
+        if trainer is QCreditTrainer and strategy.args.ckpt.load_enable and strategy.args.ckpt.tag:
+            self.trainer.load_memory(self._memory_file(strategy.args.ckpt.tag))
+
+    def save_checkpoint(self, tag: str, *args: Any, **kwargs: Any) -> None:
+        super().save_checkpoint(tag, *args, **kwargs)
+        if isinstance(self.trainer, QCreditTrainer) and not self.disable_ds_ckpt and self.strategy.is_rank_0():
+            self.trainer.save_memory(self._memory_file(tag))
+
+    def _memory_file(self, tag: str) -> Path:
+        """What Q was fitted to, in the folder of a checkpoint: one file, as every rank has all of it."""
+        return Path(self.strategy.args.ckpt.path, "_actor", tag, "q_memory.pt")
 
     def forward(self, *args: Any, mm_train_inputs_list: list | None = None, **kwargs: Any) -> torch.Tensor:
         with self.actor.choosing(mm_train_inputs_list):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
-from openrlhf_gopo.config import GopoConfig, PreferenceConfig
+from openrlhf_gopo.config import EXPERT, GopoConfig, PreferenceConfig
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rewards.joint import parse_weights
@@ -29,6 +30,14 @@ def check_flags(args: SimpleNamespace, config: GopoConfig) -> None:
     _check_lora(args)
     _check_placement(args, config)
     _check_batches(args, config)
+
+
+def batches_of(role: str, args: SimpleNamespace, config: GopoConfig) -> tuple[int, int]:
+    """Dialogues of one optimizer step of ``role``, over all ranks, and its passes over the dialogues of a rollout."""
+    if role != EXPERT or config.expert_steps is None:
+        return args.train.batch_size, args.train.max_epochs
+    dialogues = args.rollout.batch_size * args.rollout.n_samples_per_prompt
+    return dialogues * config.expert_passes // config.expert_steps, config.expert_passes
 
 
 def gpus_needed(args: SimpleNamespace, config: GopoConfig) -> int:
@@ -81,8 +90,6 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
         )
     _check_factors(config)
     _check_credit(args, config)
-    if config.pref.trust_region == "exact":
-        _check_exact(args, config)
     if args.rollout.n_samples_per_prompt < 2 and config.policy == "two_level":
         raise ConfigError(
             f"--rollout.n_samples_per_prompt {args.rollout.n_samples_per_prompt}: preferences compare trajectories of "
@@ -93,14 +100,14 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
 def _check_factors(config: GopoConfig) -> None:
     """With m = 0 for all, what is one factor of all coefficients is divided out again."""
     pref = config.pref
-    if pref.reference != "sampler" or pref.trust_region != "clip" or pref.offset > 0:
+    if pref.reference != "sampler" or pref.offset > 0:
         return
     for name in ("beta", "label_smoothing"):
         if getattr(pref, name) != getattr(PreferenceConfig, name):
             raise ConfigError(
-                f"--gopo.pref.{name} {getattr(pref, name)}: changes nothing with --gopo.pref.reference sampler and "
-                "--gopo.pref.trust_region clip, where it is one factor of all advantages, which have unit scale; drop "
-                "it, or use --gopo.pref.reference initial"
+                f"--gopo.pref.{name} {getattr(pref, name)}: changes nothing with --gopo.pref.reference sampler, "
+                "where it is one factor of all advantages, which have unit scale; drop it, or use "
+                "--gopo.pref.reference initial"
             )
 
 
@@ -121,7 +128,8 @@ def _check_credit(args: SimpleNamespace, config: GopoConfig) -> None:
     """Turn-level terms and what they cannot go with."""
     if config.expert_has_critic and config.sharing == "shared":
         raise ConfigError(
-            "--gopo.expert_pg gae: a model that both roles share has no critic on decisions; use --gopo.expert_pg group"
+            f"--gopo.expert_credit {config.expert_credit}: a model that both roles share has no critic on decisions; "
+            "use group or q in place of critic"
         )
     penalties = {
         "--reward.overlong_buffer_len": args.reward.overlong_buffer_len,
@@ -132,30 +140,6 @@ def _check_credit(args: SimpleNamespace, config: GopoConfig) -> None:
             raise ConfigError(
                 f"{name} {value}: shapes the reward of a trajectory, --gopo.credit turn has one per turn; drop one"
             )
-
-
-def _check_exact(args: SimpleNamespace, config: GopoConfig) -> None:
-    """``--gopo.pref.trust_region exact`` needs whole groups in every optimizer step, and a loss without ratios."""
-    algorithm = args.algo.advantage
-    contradicting = {
-        "--gopo.sharing shared": (config.sharing == "shared", "the responder's samples train the same model"),
-        "--train.dynamic_batch_enable": (args.train.dynamic_batch_enable, "it tears groups apart"),
-        "--expert.policy_loss_type": (args.expert.policy_loss_type != "ppo", "use ppo"),
-        "--expert.loss_agg_mode": (args.expert.loss_agg_mode != "token-mean", "use token-mean"),
-        "--algo.advantage.is_correction_level": (
-            algorithm.is_correction_level != "off",
-            "the samples' log-probabilities are brought up to date before every step, nothing is left to correct",
-        ),
-    }
-    for flag, (given, why) in contradicting.items():
-        if given:
-            raise ConfigError(f"{flag}: not with --gopo.pref.trust_region exact: {why}")
-    ranks = args.expert.num_nodes * args.expert.num_gpus_per_node // args.ds.tensor_parallel_size
-    if ranks and args.train.batch_size // ranks % args.rollout.n_samples_per_prompt:
-        raise ConfigError(
-            f"--train.batch_size {args.train.batch_size}: over {ranks} ranks of the expert it holds no whole number of "
-            f"groups of {args.rollout.n_samples_per_prompt}, which --gopo.pref.trust_region exact needs"
-        )
 
 
 def _has_critic(args: SimpleNamespace, config: GopoConfig) -> bool:
@@ -232,6 +216,29 @@ def _check_same_gpus(args: SimpleNamespace, config: GopoConfig, roles: dict[str,
             )
 
 
+def _check_steps(args: SimpleNamespace, config: GopoConfig) -> None:
+    """``--gopo.expert_steps`` cuts the passes of the expert, and of its critic, into equal optimizer steps."""
+    steps, passes = config.expert_steps, config.expert_passes
+    if steps is None:
+        return
+    given = f"--gopo.expert_steps {steps}"
+    if config.sharing == "shared":
+        raise ConfigError(f"{given}: with --gopo.sharing shared one model takes its steps for both roles; leave it out")
+    if args.train.dynamic_batch_enable:
+        raise ConfigError(f"{given}: not with --train.dynamic_batch_enable, which cuts batches by tokens; drop one")
+    dialogues = args.rollout.batch_size * args.rollout.n_samples_per_prompt
+    groups = [args.expert, *([args.critic] if config.expert_has_critic else [])]
+    ranks = math.lcm(*(g.num_nodes * g.num_gpus_per_node // args.ds.tensor_parallel_size for g in groups))
+    unit = args.train.micro_batch_size * ranks
+    fitting = [n * passes for n in range(1, dialogues + 1) if dialogues % n == 0 and dialogues // n % unit == 0]
+    if steps not in fitting:
+        raise ConfigError(
+            f"{given}: --gopo.expert_passes {passes} over the {dialogues} dialogues of a rollout cannot be cut into as "
+            f"many equal steps of whole micro-batches ({unit} dialogues over all ranks); "
+            + (f"use one of {fitting}" if fitting else "lower --train.micro_batch_size")
+        )
+
+
 def _check_batches(args: SimpleNamespace, config: GopoConfig) -> None:
     samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
     if samples % args.train.batch_size:
@@ -253,7 +260,8 @@ def _check_batches(args: SimpleNamespace, config: GopoConfig) -> None:
                 f"--rollout.batch_size {args.rollout.batch_size}: goals do not divide over the {ranks} ranks of "
                 f"--{name}.*; a group must stay whole on one rank"
             )
-        if args.train.batch_size % ranks:
+        steps_of_its_own = name == EXPERT and config.expert_steps is not None
+        if args.train.batch_size % ranks and not steps_of_its_own:
             raise ConfigError(
                 f"--train.batch_size {args.train.batch_size}: does not divide over the {ranks} ranks of --{name}.*; "
                 "the rest would never be trained on"
@@ -267,8 +275,9 @@ def _check_batches(args: SimpleNamespace, config: GopoConfig) -> None:
                         f"--{flag}.micro_batch_size {micro}: does not divide the {local} dialogues of a rank of "
                         f"--{name}.*; choose a divisor"
                     )
-            if args.train.batch_size % (args.train.micro_batch_size * ranks):
+            if args.train.batch_size % (args.train.micro_batch_size * ranks) and not steps_of_its_own:
                 raise ConfigError(
                     f"--train.batch_size {args.train.batch_size}: is not a multiple of --train.micro_batch_size "
                     f"{args.train.micro_batch_size} x {ranks} ranks of --{name}.*"
                 )
+    _check_steps(args, config)

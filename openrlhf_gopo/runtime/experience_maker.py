@@ -1,4 +1,4 @@
-"""From dialogues to advantages: the preference loss for the expert, upstream's estimators for the responder.
+"""From dialogues to advantages: credit terms for the expert, upstream's estimators for the responder.
 
 Whatever is one number per action is computed here on the actions alone, in float64, and scattered into upstream's
 padded tensors at the end.
@@ -18,13 +18,14 @@ from openrlhf.utils.logging_utils import init_logger
 
 from openrlhf_gopo.config import EXPERT, GopoConfig
 from openrlhf_gopo.core.categorical import turn_of_actions
+from openrlhf_gopo.core.decision_preference import decision_preference
 from openrlhf_gopo.core.preference import (
     action_weights,
     decision_advantages,
     preference_coefficients,
     trajectory_log_ratio,
 )
-from openrlhf_gopo.core.turn_level import gae, group_baseline, returns_to_go, unit_scale
+from openrlhf_gopo.core.turn_level import gae, returns_to_go, turn_advantages, unit_scale
 from openrlhf_gopo.runtime.models import substituted
 from openrlhf_gopo.runtime.samples import DialogueSample, to_experience
 
@@ -118,8 +119,11 @@ class GOPOExperienceMaker(RemoteExperienceMaker):
         """What upstream subtracts from the reward of each action, (N,); zeros where KL is a loss."""
         return self.kl_ctl.value * batch.gather([row for e in experiences for row in e.kl])
 
-    def _attach(self, experiences: list[Experience], batch: Batch, values: torch.Tensor, returns: torch.Tensor) -> None:
-        """Scatter advantages and critic targets; (N,) actions each."""
+    def _attach(
+        self, experiences: list[Experience], batch: Batch, values: torch.Tensor, returns: torch.Tensor | None
+    ) -> None:
+        """Scatter advantages and critic targets, (N,) actions each; without a critic the targets are zeros."""
+        returns = torch.zeros_like(values) if returns is None else returns
         rows = zip(batch.masks, values.split(batch.counts), returns.split(batch.counts), strict=True)
         for experience in experiences:
             experience.advantages = torch.zeros_like(experience.action_log_probs, dtype=torch.float32)
@@ -140,9 +144,9 @@ class ResponderExperienceMaker(GOPOExperienceMaker):
         """Upstream's, or with ``--gopo.credit turn``: every reply's reward at its last token, returns to go.
 
         gae runs over action tokens only, so that the user's words between two replies discount nothing; the other
-        estimators subtract their baseline from each reply's return to go (``core.turn_level.group_baseline``), and all
-        of its tokens get the result, less the KL penalty to go. As upstream, reinforce alone discounts (here from reply
-        to reply), and whitening comes last. --reward.clip_range bounds every reply's reward; upstream's length
+        estimators subtract their baseline from each turn's return to go (``core.turn_level.turn_advantages``), and all
+        tokens of the reply get the result, less the KL penalty to go. As upstream, reinforce alone discounts (here from
+        reply to reply), and whitening comes last. --reward.clip_range bounds every turn's reward; upstream's length
         penalties, one per trajectory, are refused.
         """
         if self.config.credit == "trajectory":
@@ -150,22 +154,24 @@ class ResponderExperienceMaker(GOPOExperienceMaker):
         self._impute(experiences)
         batch = self._batch(experiences)
         penalties = self._kl_penalties(experiences, batch)
-        spans = [[end - start for start, end in _spans(sample, self.role)] for sample in batch.samples]
-        earned = torch.tensor([r for sample in batch.samples for r in sample.earned[self.role]], dtype=torch.float64)
-        earned = earned.clamp(*self.args.reward.clip_range)
-        tokens = torch.tensor([tokens for lengths in spans for tokens in lengths], dtype=torch.long)
+        of_spans = [sample.turns_of_spans(self.role) for sample in batch.samples]
+        lengths = [[end - start for start, end in _spans(sample, self.role)] for sample in batch.samples]
+        tokens = torch.tensor([n for row in lengths for n in row], dtype=torch.long)
+        low, high = self.args.reward.clip_range
+        earned = [[min(max(r, low), high) for r in sample.earned[self.role]] for sample in batch.samples]
         estimator, gamma = self.args.algo.advantage.estimator, self.args.algo.advantage.gamma
         if estimator == "gae":
+            at_spans = [r for turns, row in zip(of_spans, earned, strict=True) for r in _at_last_spans(turns, row)]
             rewards = -penalties
-            rewards[tokens.cumsum(0) - 1] += earned
+            rewards[tokens.cumsum(0) - 1] += torch.tensor(at_spans, dtype=torch.float64)
             values = batch.gather([row for e in experiences for row in e.values])
             advantages = gae(rewards, values, batch.counts, gamma=gamma, lambd=self.args.algo.advantage.lambd)
             self._attach(experiences, batch, _whiten(advantages, self.args), advantages + values)
             return experiences
-        replies = [len(lengths) for lengths in spans]
         gamma = gamma if estimator == "reinforce" else 1.0
-        togo = group_baseline(returns_to_go(earned, replies, gamma), replies, batch.groups, estimator=estimator)
-        advantages = torch.repeat_interleave(togo, tokens) - returns_to_go(penalties, batch.counts)
+        by_turn = turn_advantages(earned, batch.groups, estimator=estimator, gamma=gamma)
+        of_each = torch.cat([row[turns] for row, turns in zip(by_turn, of_spans, strict=True)])
+        advantages = torch.repeat_interleave(of_each, tokens) - returns_to_go(penalties, batch.counts)
         if estimator in ("reinforce", "reinforce_baseline"):
             advantages = _whiten(advantages, self.args)
         self._attach(experiences, batch, advantages, advantages)
@@ -183,12 +189,12 @@ class ResponderExperienceMaker(GOPOExperienceMaker):
 
 
 class ExpertExperienceMaker(GOPOExperienceMaker):
-    """The expert's maker: the preference coefficients of whole trajectories, spread over decisions, and optionally
-    turn-level advantages beside them."""
+    """The expert's maker: a weighted sum of credit terms (``--gopo.expert_credit``)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._reference_refs: list = []
+        self._targets: torch.Tensor | None = None  # of the critic, (N,); None without one
 
     def _dispatch_forward(self, group: Any, sync_condition: bool, **kwargs: Any) -> list:
         refs = super()._dispatch_forward(group, sync_condition, **kwargs)
@@ -198,23 +204,27 @@ class ExpertExperienceMaker(GOPOExperienceMaker):
 
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
-        """Advantages (B, A) of the decisions, zero elsewhere: pref.coef x preference term + expert_pg_coef x turn term.
+        """Advantages (B, A) of the decisions, zero elsewhere: the sum of weight x term, less the KL penalty to go.
 
-        Each term is scaled to unit root mean square over the batch, so that the coefficients compare; the KL penalty to
-        go (when KL is not a loss) is subtracted as upstream subtracts it from its rewards.
+        Each term is scaled to unit root mean square over the batch, so that the weights compare. The term ``q`` is part
+        of the actor's loss (``runtime.q_credit``), which needs the returns to go.
         """
         self._impute(experiences)
         batch = self._batch(experiences)
-        preference = self._preference_term(experiences, batch)
-        # With the exact trust region the actor adds this term itself, anew before every optimizer step.
-        coef = 0.0 if self.config.pref.trust_region == "exact" else self.config.pref.coef
-        advantages = coef * preference
-        targets = torch.zeros_like(advantages)
-        if self.config.expert_pg_coef > 0:
-            turn_level, targets = self._turn_term(experiences, batch)
-            advantages = advantages + self.config.expert_pg_coef * unit_scale(turn_level)
-        advantages = advantages - returns_to_go(self._kl_penalties(experiences, batch), batch.counts)
-        self._attach(experiences, batch, advantages, targets)
+        makers = {
+            "preference": self._preference_term,
+            "decision_preference": self._decision_preference_term,
+            "group": self._group_term,
+            "critic": self._critic_term,
+        }
+        advantages = torch.zeros(sum(batch.counts), dtype=torch.float64)
+        for name, weight in self.config.expert_terms.items():
+            if name != "q":
+                advantages += weight * unit_scale(makers[name](experiences, batch))
+        if "q" in self.config.expert_terms:
+            self._hand_on_returns(experiences, batch)
+        advantages -= returns_to_go(self._kl_penalties(experiences, batch), batch.counts)
+        self._attach(experiences, batch, advantages, self._targets)
         return experiences
 
     def _preference_term(self, experiences: list[Experience], batch: Batch) -> torch.Tensor:
@@ -229,25 +239,70 @@ class ExpertExperienceMaker(GOPOExperienceMaker):
         self.metrics |= metrics
         return decision_advantages(coefficients, owner, weights)
 
-    def _turn_term(self, experiences: list[Experience], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn-level advantages of the decisions and the critic's targets, (N,) each.
+    def _decision_preference_term(self, experiences: list[Experience], batch: Batch) -> torch.Tensor:
+        """Preferences between decisions at the same turn of one goal's dialogues, (N,)."""
+        goal = {int(i): g for g, members in enumerate(batch.groups) for i in members}
+        rows, places, chosen = self._decisions(batch), [], []
+        for i, (sample, turns) in enumerate(zip(batch.samples, rows, strict=True)):
+            places += [(goal[i], t) if i in goal and t < len(sample.trajectory.turns) else None for t in turns]
+            chosen += _labels(sample)
+        return self._spread(decision_preference(self._togo(batch, rows), chosen, places), batch)
+
+    def _group_term(self, experiences: list[Experience], batch: Batch) -> torch.Tensor:
+        """Returns to go less those of the goal's other dialogues at that turn, (N,)."""
+        rewards = [sample.earned[EXPERT] for sample in batch.samples]
+        by_turn = turn_advantages(rewards, batch.groups, gamma=self.args.algo.advantage.gamma)
+        return self._spread(
+            torch.cat([row[turns] for row, turns in zip(by_turn, self._decisions(batch), strict=True)]), batch
+        )
+
+    def _critic_term(self, experiences: list[Experience], batch: Batch) -> torch.Tensor:
+        """GAE on decisions, (N,); its critic's targets go to ``_targets``.
 
         The value of a decision is that of its first action: the label, or the first word of the plan before it.
         """
-        rewards = [_of_labels(sample) for sample in batch.samples]
-        earned = torch.tensor([r for of_one in rewards for r in of_one], dtype=torch.float64)
-        counts = [len(of_one) for of_one in rewards]
+        options, rows = self.args.algo.advantage, self._decisions(batch)
+        togo, counts = self._togo(batch, rows, gamma=1.0), [len(row) for row in rows]
+        following = torch.cat([torch.cat([mine[1:], mine.new_zeros(1)])[: len(mine)] for mine in togo.split(counts)])
+        earned = togo - following  # from one decision to the next
+        first = torch.searchsorted(self._decision_of_actions(batch), torch.arange(len(earned)))
+        values = batch.gather([row for e in experiences for row in e.values])[first]
+        advantages = gae(earned, values, counts, gamma=options.gamma, lambd=options.lambd)
+        self._targets = self._spread(advantages + values, batch)
+        return self._spread(advantages - advantages.mean(), batch)
+
+    def _hand_on_returns(self, experiences: list[Experience], batch: Batch) -> None:
+        """Put the return to go of each action's decision, (count,), beside its allowed labels."""
+        togo = self._spread(self._togo(batch, self._decisions(batch)), batch).float().split(batch.counts)
+        inputs = [given for e in experiences for given in e.mm_train_inputs]
+        for given, mine in zip(inputs, togo, strict=True):
+            given["togo"] = mine
+
+    def _decisions(self, batch: Batch) -> list[list[int]]:
+        """Per dialogue, the turn of each of its decisions."""
+        return [
+            [turn for turn, ids in zip(sample.turns_of_spans(EXPERT), _allowed(sample), strict=True) if ids]
+            for sample in batch.samples
+        ]
+
+    def _togo(self, batch: Batch, decisions: list[list[int]], gamma: float | None = None) -> torch.Tensor:
+        """Return to go of every decision of the batch, float64; 0 of one that no turn carried out."""
+        gamma = self.args.algo.advantage.gamma if gamma is None else gamma
+        rewards = [sample.earned[EXPERT] for sample in batch.samples]
+        flat = torch.tensor([r for row in rewards for r in row], dtype=torch.float64)
+        by_dialogue = returns_to_go(flat, [len(row) for row in rewards], gamma).split([len(row) for row in rewards])
+        rows = [torch.cat([row, row.new_zeros(1)])[turns] for row, turns in zip(by_dialogue, decisions, strict=True)]
+        return torch.cat(rows)
+
+    def _decision_of_actions(self, batch: Batch) -> torch.Tensor:
+        """The decision of the batch that each action belongs to, (N,)."""
+        counts = [len(row) for row in self._decisions(batch)]
         starts = torch.tensor([0, *counts]).cumsum(0)
-        decision = torch.cat([start + turn for start, turn in zip(starts, batch.turns, strict=False)])
-        options = self.args.algo.advantage
-        if self.config.expert_pg == "gae":
-            first = torch.searchsorted(decision, torch.arange(len(earned)))
-            values = batch.gather([row for e in experiences for row in e.values])[first]
-            advantages = gae(earned, values, counts, gamma=options.gamma, lambd=options.lambd)
-            return (advantages - advantages.mean())[decision], (advantages + values)[decision]
-        togo = returns_to_go(earned, counts, options.gamma)
-        baselined = group_baseline(togo, counts, batch.groups, estimator="reinforce_baseline")
-        return baselined[decision], togo[decision]
+        return torch.cat([start + turn for start, turn in zip(starts, batch.turns, strict=False)])
+
+    def _spread(self, values: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """From one value per decision to one per action: words of a plan have that of the label after them."""
+        return values[self._decision_of_actions(batch)]
 
     def _logprobs(self, experiences: list[Experience], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """log pi and log pi_ref of every action of the batch, (N,) each: equal when the sampler is the reference."""
@@ -267,12 +322,22 @@ def _spans(sample: DialogueSample, role: str) -> list[tuple[int, int]]:
     return [] if sample.quarantined else sample.trajectory.streams[role].spans
 
 
-def _of_labels(sample: DialogueSample) -> list[float]:
-    """What each of the expert's decisions earned."""
-    if sample.quarantined:
-        return []
-    allowed = sample.trajectory.streams[EXPERT].allowed
-    return [reward for reward, labels in zip(sample.earned[EXPERT], allowed, strict=True) if labels]
+def _allowed(sample: DialogueSample) -> list[list[int]]:
+    return [] if sample.quarantined else sample.trajectory.streams[EXPERT].allowed
+
+
+def _labels(sample: DialogueSample) -> list[int]:
+    """The token of each decision."""
+    stream = sample.trajectory.streams[EXPERT]
+    return [
+        stream.tokens[end - 1] for (_, end), ids in zip(_spans(sample, EXPERT), _allowed(sample), strict=True) if ids
+    ]
+
+
+def _at_last_spans(turns: list[int], earned: list[float]) -> list[float]:
+    """What each span earned: the reward of its turn at the last span of it, a reply's; nothing elsewhere."""
+    following = [*turns[1:], None]
+    return [earned[t] if t < len(earned) and t != after else 0.0 for t, after in zip(turns, following, strict=True)]
 
 
 def _whiten(advantages: torch.Tensor, args: Any) -> torch.Tensor:

@@ -17,6 +17,7 @@ from ray.util.placement_group import placement_group
 from transformers import set_seed
 
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
+from openrlhf_gopo.evaluation.decoding import Rows
 from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rewards.joint import parse_weights
 from openrlhf_gopo.rollout.sampled import TokenLimits
@@ -32,7 +33,6 @@ from openrlhf_gopo.runtime.restarts import rollout_actor
 from openrlhf_gopo.runtime.roles import Role, make_roles
 from openrlhf_gopo.runtime.samples_generator import RolloutSpec
 from openrlhf_gopo.runtime.trainer import GOPOTrainer
-from openrlhf_gopo.types import Trajectory
 
 
 def rollout_spec(args: SimpleNamespace, config: GopoConfig) -> RolloutSpec:
@@ -50,8 +50,8 @@ def rollout_spec(args: SimpleNamespace, config: GopoConfig) -> RolloutSpec:
     return RolloutSpec(policy_spec(args, config), limits, weights, config, args.train.seed)
 
 
-def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str, list[Trajectory]]:
-    """Build both roles, train them, save them; returns the held-out dialogues before and after."""
+def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> Rows:
+    """Build both roles, train them, save them; returns the held-out dialogues before and after, by decoding."""
     clock = [psutil.Process().create_time(), time.time()]
     checkpoints = Checkpoints(args, config, results)
     checkpoints.open()
@@ -77,9 +77,9 @@ def train(args: SimpleNamespace, config: GopoConfig, results: Path) -> dict[str,
         parts = [after - before for before, after in pairwise(clock)]
         timings = dict(zip(("timing/imports", "timing/ray", "timing/models"), parts, strict=True))
         trainer.log_metrics(checkpoints.resumed.step if checkpoints.resumed else 0, timings)
-        phases = trainer.fit()
+        rows = trainer.fit()
         save_models(roles, args)
-    return phases
+    return rows
 
 
 def save_models(roles: dict[str, Role], args: SimpleNamespace) -> None:

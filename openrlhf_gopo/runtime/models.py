@@ -26,12 +26,20 @@ from openrlhf_gopo.runtime.lora import MergedModel, merged_weights
 
 class RoleActor(Actor):
     """Upstream's actor that computes the logits of actions only, and inside ``choosing(...)`` knows which of them were
-    decisions: those follow a categorical over the labels that the SOP allowed."""
+    decisions: those follow a categorical over the labels that the SOP allowed.
 
-    _allowed: torch.Tensor | None = None
+    Attributes:
+        inputs: inside ``choosing``, the batch's ``mm_train_inputs`` merged: name -> one row per action.
+        states: after a forward pass inside ``choosing``, the hidden states (N, d) of its actions at the head.
+        label_logprobs: beside them log pi of every allowed label (N, L), with a graph; -inf at padding and words.
+    """
+
+    states: torch.Tensor | None = None
+    label_logprobs: torch.Tensor | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.inputs: dict[str, torch.Tensor] = {}
         if isinstance(self.model, PeftModel):
             merged_weights(self.model)  # adapters that cannot be sent to vLLM are refused here, not after a rollout
 
@@ -44,11 +52,11 @@ class RoleActor(Actor):
                 per action of the batch, in order, without any label where the whole vocabulary was open.
         """
         device = next(self.model.parameters()).device
-        self._allowed = merge_mm_train_inputs(model_inputs or [], device).get("allowed")
+        self.inputs = merge_mm_train_inputs(model_inputs or [], device)
         try:
             yield
-        finally:
-            self._allowed = None
+        finally:  # no graph outlives the step
+            self.inputs, self.states, self.label_logprobs = {}, None, None
 
     def forward(
         self,
@@ -87,14 +95,17 @@ class RoleActor(Actor):
         self, logits: torch.Tensor, tokens: torch.Tensor, with_entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """log pi of each action and its entropy (zeros unless asked for): logits (N, V), tokens (N,) -> (N,), (N,)."""
-        if self._allowed is None or self._allowed.shape[1] == 0:
+        allowed = self.inputs.get("allowed")
+        if allowed is None or allowed.shape[1] == 0:
             return self._score_words(logits, tokens, with_entropy)
-        decision = (self._allowed != PAD).any(dim=-1)
+        decision = (allowed != PAD).any(dim=-1)
         if bool(decision.all()):
-            return self._score_labels(logits, tokens, self._allowed)
+            return self._score_labels(logits, tokens, allowed)
         words = ~decision
         of_words = self._score_words(logits[words], tokens[words], with_entropy)
-        of_labels = self._score_labels(logits[decision], tokens[decision], self._allowed[decision])
+        of_labels = self._score_labels(logits[decision], tokens[decision], allowed[decision])
+        nothing = self.label_logprobs.new_full(allowed.shape, float("-inf"))
+        self.label_logprobs = nothing.index_put((decision,), self.label_logprobs)
         both = (word.new_zeros(len(tokens)) for word in of_words)
         logprobs, entropy = (
             out.index_put((words,), word).index_put((decision,), label)
@@ -116,6 +127,7 @@ class RoleActor(Actor):
         self, logits: torch.Tensor, tokens: torch.Tensor, allowed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs, entropy = masked_categorical_logprobs(logits, allowed, self.temperature)
+        self.label_logprobs = logprobs
         return chosen_logprobs(logprobs, allowed, tokens), entropy
 
     def _forward_actions(
@@ -134,7 +146,9 @@ class RoleActor(Actor):
         # Through the head's own forward, so that ZeRO-3 gathers its weight; transformers' logits_to_keep knows columns
         # only, and the replies of a batch stand in different ones.
         def select(_head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return (args[0][rows, columns].unsqueeze(0), *args[1:])
+            states = args[0][rows, columns]
+            self.states = states.detach() if self.inputs else None
+            return (states.unsqueeze(0), *args[1:])
 
         handle = self.model.get_output_embeddings().register_forward_pre_hook(select)
         try:

@@ -17,6 +17,7 @@ from openrlhf.utils.deepspeed import DeepspeedStrategy
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.errors import CheckpointError
 from openrlhf_gopo.runtime.checkpoints.random_states import random_states, restore_random_states
+from openrlhf_gopo.runtime.checks import batches_of
 
 
 class RoleStrategy(DeepspeedStrategy):
@@ -77,12 +78,14 @@ def role_args(args: SimpleNamespace, role: str, config: GopoConfig) -> SimpleNam
     own = deepcopy(args)
     if role == EXPERT:
         own.actor = deepcopy(args.expert)
-        own.preference = config.pref
         own.critic.model_name_or_path = args.expert.model_name_or_path if config.expert_has_critic else None
         if own.actor.entropy_coef is None:  # upstream: 0 means log it; a categorical's entropy costs nothing
             own.actor.entropy_coef = 0.0
         own.vllm.num_engines = config.expert_num_engines or args.vllm.num_engines
         own.vllm.gpu_memory_utilization = config.expert_gpu_memory_utilization or args.vllm.gpu_memory_utilization
+        own.train.batch_size, own.train.max_epochs = batches_of(EXPERT, args, config)
+    # One model in both roles is the responder's, and learns as the expert too.
+    own.q_weight = config.expert_terms.get("q", 0.0) if role == EXPERT or config.sharing == "shared" else 0.0
     own.ckpt.path = os.path.join(args.ckpt.path, role)
     own.ckpt.output_dir = os.path.join(args.ckpt.output_dir, role)
     own.ckpt.tag = None

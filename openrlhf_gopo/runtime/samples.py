@@ -11,7 +11,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf_gopo.config import EXPERT
 from openrlhf_gopo.core.categorical import pad_allowed
 from openrlhf_gopo.rewards.joint import joint
-from openrlhf_gopo.rewards.turns import decision_rewards, turn_rewards
+from openrlhf_gopo.rewards.turns import turn_rewards
 from openrlhf_gopo.types import StopReason, Stream, Trajectory
 
 
@@ -19,8 +19,8 @@ from openrlhf_gopo.types import StopReason, Stream, Trajectory
 class DialogueSample:
     """One trajectory and its return under each role's reward weights (0 when quarantined).
 
-    ``earned``: the same return action by action (see ``rewards.turns``), as many as the role's stream has spans; what
-    came before the expert's first decision is not in it.
+    ``earned``: by role, the same return turn by turn (see ``rewards.turns``), forced turns included; empty when
+    quarantined.
     """
 
     trajectory: Trajectory
@@ -42,14 +42,31 @@ class DialogueSample:
         """Attach the returns; ``weights`` maps a role to its reward weights."""
         if trajectory.stop is StopReason.FAILED:
             return cls(trajectory, dict.fromkeys(weights, 0.0), {role: [] for role in weights})
-        earned = {}
-        for role, of_role in weights.items():
-            rewards = iter((decision_rewards if role == EXPERT else turn_rewards)(trajectory, of_role))
-            allowed = trajectory.streams[role].allowed
-            # The expert earns with its labels, not its plans, and one model that does both with its replies. A decision
-            # without a turn, for want of room, earns nothing.
-            earned[role] = [next(rewards, 0.0) if bool(labels) == (role == EXPERT) else 0.0 for labels in allowed]
-        return cls(trajectory, {role: joint(trajectory.rewards, w) for role, w in weights.items()}, earned)
+        returns = {role: joint(trajectory.rewards, of_role) for role, of_role in weights.items()}
+        return cls(trajectory, returns, {role: turn_rewards(trajectory, w) for role, w in weights.items()})
+
+    def turns_of_spans(self, role: str) -> list[int]:
+        """The turn, 0..T-1, of each span of the role's stream; T of one that no turn carried out, for want of room.
+
+        A decision belongs to a turn that was not forced, the words of a plan to the decision after them, and the k-th
+        reply to turn k.
+        """
+        turns, stream = self.trajectory.turns, self.trajectory.streams.get(role, Stream())
+        if self.quarantined:
+            return []
+        end = len(turns)
+        open_turns = iter([t for t, turn in enumerate(turns) if not turn.forced])
+        labels = [next(open_turns, end) for ids in stream.allowed if ids]
+        decided = replied = 0
+        found = []
+        for ids in stream.allowed:
+            if ids or role == EXPERT:
+                found.append(labels[decided] if decided < len(labels) else end)
+                decided += bool(ids)
+            else:
+                found.append(min(replied, end))
+                replied += 1
+        return found
 
 
 def to_experience(sample: DialogueSample, role: str, num_labels: int) -> Experience:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.errors import DialogueError
@@ -87,25 +89,55 @@ class GOPOSamplesGenerator(SamplesGenerator):
         self._rollouts += 1
         self._seed, self._causes = self.spec.seed + self._rollouts, []
         self.restarts.await_started()
-        self._wake_expert()
+        self._call(self.expert_engines, "wake_up")
         samples, rate, consumed, exhausted = super().generate_samples(**generate_kwargs)
-        self._sleep_expert()
+        self._call(self.expert_engines, "sleep")
         self._check_failures()
         if rate is not None:  # upstream's is dialogues kept per 100 goals
             rate /= 100 * self.args.rollout.n_samples_per_prompt
         return samples, rate, consumed, exhausted
 
-    def evaluate(self, path: Path, **generate_kwargs: Any) -> list[Trajectory]:
-        """All held-out goals, with the same users every time and the expert's probabilities; they go to ``path``."""
-        self._seed, training, self.trajectories = self.spec.seed, self.trajectories, path
-        path.unlink(missing_ok=True)
+    def evaluate(self, files: Mapping[float, Path], samples: int) -> dict[float, list[Trajectory]]:
+        """All held-out goals, ``samples`` dialogues each, at every temperature of ``files``; they go to its file.
+
+        The users are the same every time and at every temperature; the expert's probabilities are asked for. Dialogues
+        of all temperatures are under way together, as many as in a rollout.
+
+        Returns:
+            The dialogues by temperature, in the order of the goals.
+        """
+        self._seed = self.spec.seed
+        for path in files.values():
+            path.unlink(missing_ok=True)
         self.restarts.await_started()
-        self._wake_expert()
+        self._call(self.vllm_engines, "wake_up")
+        self._call(self.expert_engines, "wake_up")
         try:
-            return [s.trajectory for s in self.generate_eval_samples(probabilities=True, **generate_kwargs)]
+            with self._mending():
+                return self._heldout(files, samples)
         finally:
-            self.trajectories = training
-            self._sleep_expert()
+            self._call(self.vllm_engines, "sleep")
+            self._call(self.expert_engines, "sleep")
+
+    def _heldout(self, files: Mapping[float, Path], samples: int) -> dict[float, list[Trajectory]]:
+        goals = self.eval_dataloader.dataset.goals
+        todo = deque((place, temperature) for place in range(len(goals)) for temperature in files)
+        at_once = max(self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt // samples, 1)
+        under_way: dict[Any, tuple[int, float]] = {}
+        found: dict[tuple[int, float], list[Trajectory]] = {}
+        with tqdm(total=len(todo), desc="Evaluate", unit="group", dynamic_ncols=True) as bar:
+            while todo or under_way:
+                while todo and len(under_way) < at_once:
+                    place, temperature = todo.popleft()
+                    limits = self._limits(temperature, probabilities=True)
+                    under_way[self._ask(goals[place], place, limits, samples)] = place, temperature
+                for ref in ray.wait(list(under_way), num_returns=1)[0]:
+                    place, temperature = under_way.pop(ref)
+                    found[place, temperature] = ray.get(ref)
+                    for trajectory in found[place, temperature]:
+                        append_trajectory(files[temperature], trajectory)
+                    bar.update()
+        return {one: [t for place in range(len(goals)) for t in found[place, one]] for one in files}
 
     def state(self) -> dict[str, Any]:
         """Where seeds and data stand, for a checkpoint; ``buffered`` holds the rest."""
@@ -128,57 +160,56 @@ class GOPOSamplesGenerator(SamplesGenerator):
     ) -> tuple[list[DialogueSample], int, bool]:
         """Upstream's, whose groups come as they finish, in the order of their goals: a rerun is then the same run."""
         self._places = {}
-        samples_of_each = self.args.rollout.n_samples_per_prompt
-        # Upstream evaluates as many goals at a time as it trains on; with fewer dialogues of each, engines would idle.
-        num_prompts *= max(samples_of_each // kwargs.get("n_samples_per_prompt", samples_of_each), 1)
-        with nullcontext() if self.args.train.async_enable else self.restarts.mending():
+        with self._mending():
             samples, consumed, exhausted = super()._generate_vllm(dataloader_iter, num_prompts, *args, **kwargs)
         return sorted(samples, key=lambda s: self._places[s.trajectory.goal.id]), consumed, exhausted
 
     def _dispatch_prompts_to_vllm(
         self, prompts: list[str], labels: list[Goal], *, images: list | None = None, **generate_kwargs: Any
     ) -> list:
-        samples = generate_kwargs.get("n_samples_per_prompt", self.args.rollout.n_samples_per_prompt)
-        temperature = generate_kwargs.get("temperature", 1.0)
-        evaluating = generate_kwargs.get("probabilities", False)
-        limits = replace(
+        limits, refs = self._limits(generate_kwargs.get("temperature", 1.0), probabilities=False), []
+        for goal in labels:
+            turn, self._requests = self._requests, self._requests + 1
+            self._places.setdefault(goal.id, turn)
+            refs.append(self._ask(goal, turn, limits, self.args.rollout.n_samples_per_prompt))
+        return refs
+
+    def _limits(self, temperature: float, *, probabilities: bool) -> TokenLimits:
+        return replace(
             self.spec.limits,
             expert_temperature=temperature,
             responder_temperature=temperature,
-            probabilities=evaluating,
+            probabilities=probabilities,
         )
-        config, refs = self.spec.config, []
-        for goal in labels:
-            # A goal stays on one engine per role: its K dialogues share the cached prefix.
-            turn, self._requests = self._requests, self._requests + 1
-            self._places.setdefault(goal.id, turn)
-            experts = self.expert_engines
-            request = DialogueRequest(
-                goal=goal,
-                spec=self.spec.policy,
-                limits=limits,
-                seed=self._seed,
-                # An evaluation's dialogues of one goal are averaged, not compared with each other.
-                common_random_numbers=config.common_random_numbers and not evaluating,
-                attempts=config.attempts,
-                rewards=RewardSpec.of(config),
-                deterministic=self.args.train.full_determinism_enable,
-                version=self.version,
-                per_turn=self.args.train.partial_rollout_enable and config.version_switch == "turn",
-                expert_engine=experts[turn % len(experts)] if experts else None,
-            )
-            engine = self.vllm_engines[turn % len(self.vllm_engines)]
-            refs.append(
-                engine.generate_responses.remote(
-                    prompt=goal.id,
-                    label=request,
-                    sampling_params=None,
-                    max_length=limits.max_len,
-                    hf_tokenizer=None,
-                    num_samples=samples,
-                )
-            )
-        return refs
+
+    def _ask(self, goal: Goal, turn: int, limits: TokenLimits, samples: int) -> Any:
+        """Ray's reference to ``samples`` dialogues about ``goal``; ``turn`` picks one engine of each role.
+
+        A goal stays on one engine per role: its dialogues share the cached prefix.
+        """
+        config, experts = self.spec.config, self.expert_engines
+        request = DialogueRequest(
+            goal=goal,
+            spec=self.spec.policy,
+            limits=limits,
+            seed=self._seed,
+            # An evaluation's dialogues of one goal are averaged, not compared with each other.
+            common_random_numbers=config.common_random_numbers and not limits.probabilities,
+            attempts=config.attempts,
+            rewards=RewardSpec.of(config),
+            deterministic=self.args.train.full_determinism_enable,
+            version=self.version,
+            per_turn=self.args.train.partial_rollout_enable and config.version_switch == "turn",
+            expert_engine=experts[turn % len(experts)] if experts else None,
+        )
+        return self.vllm_engines[turn % len(self.vllm_engines)].generate_responses.remote(
+            prompt=goal.id,
+            label=request,
+            sampling_params=None,
+            max_length=limits.max_len,
+            hf_tokenizer=None,
+            num_samples=samples,
+        )
 
     def _process_response_into_experience(self, response: Trajectory, **generate_kwargs: Any) -> DialogueSample:
         append_trajectory(self.trajectories, response)
@@ -197,10 +228,11 @@ class GOPOSamplesGenerator(SamplesGenerator):
                 f"{self.trajectories}"
             )
 
-    def _wake_expert(self) -> None:
-        if self.args.vllm.enable_sleep and self.expert_engines:
-            batch_vllm_engine_call(self.expert_engines, "wake_up")
+    def _mending(self) -> AbstractContextManager[None]:
+        """Around dialogues while no policy learns: engines that are started again get the weights of now."""
+        return nullcontext() if self.args.train.async_enable else self.restarts.mending()
 
-    def _sleep_expert(self) -> None:
-        if self.args.vllm.enable_sleep and self.expert_engines:
-            batch_vllm_engine_call(self.expert_engines, "sleep")
+    def _call(self, engines: list | None, method: str) -> None:
+        """Wake ``engines`` or put them to sleep, where --vllm.enable_sleep lets them sleep at all."""
+        if self.args.vllm.enable_sleep and engines:
+            batch_vllm_engine_call(engines, method)

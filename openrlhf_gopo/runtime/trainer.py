@@ -16,12 +16,11 @@ from tqdm import tqdm
 
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.envs import Environment
-from openrlhf_gopo.evaluation.records import append_line, read_trajectories
-from openrlhf_gopo.evaluation.references import add_reference_scores
-from openrlhf_gopo.evaluation.summary import summarise
-from openrlhf_gopo.evaluation.tables import write_text
+from openrlhf_gopo.evaluation.decoding import Rows
+from openrlhf_gopo.evaluation.records import append_line
 from openrlhf_gopo.evaluation.transcript import as_text
 from openrlhf_gopo.runtime.checkpoints.checkpoint import Checkpoints
+from openrlhf_gopo.runtime.heldout import HeldOut, Played
 from openrlhf_gopo.runtime.learner import Learner
 from openrlhf_gopo.runtime.requests import Switch
 from openrlhf_gopo.runtime.restarts import Restarts
@@ -30,11 +29,8 @@ from openrlhf_gopo.runtime.rollout_metrics import rollout_metrics
 from openrlhf_gopo.runtime.rollouts import Batch, Rollouts, RolloutsAhead
 from openrlhf_gopo.runtime.samples import DialogueSample
 from openrlhf_gopo.runtime.samples_generator import GoalDataset, GOPOSamplesGenerator, RolloutSpec
-from openrlhf_gopo.types import Trajectory
 
 logger = init_logger(__name__)
-
-EXAMPLES = 8  # dialogues of an evaluation that are also written as text
 
 
 class GOPOTrainer(BasePPOTrainer):
@@ -65,7 +61,6 @@ class GOPOTrainer(BasePPOTrainer):
         groups = (responder.actor, responder.critic, None, responder.reference, responder.engines)
         super().__init__(strategy, *groups, tokenizers[RESPONDER])
         self.env, self.config, self.results, self.checkpoints = env, config, results, checkpoints
-        self.evaluations = results / "eval"
         self.restarts = Restarts(roles)
         self.learners = {
             name: Learner(role, config, num_labels, tokenizers[name], self.restarts) for name, role in roles.items()
@@ -91,35 +86,42 @@ class GOPOTrainer(BasePPOTrainer):
             spec=spec,
             folder=results,
         )
+        self.heldout = HeldOut(env, self.samples_generator, self.args, results / "eval")
         self.steps_per_episode = len(train) // self.args.rollout.batch_size
 
     def scheduled_steps(self, role: str) -> int:
         """Optimizer steps that ``role`` takes in the whole run: what its learning-rate schedule spans."""
-        dialogues = self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt
-        of_each = dialogues // self.args.train.batch_size * self.args.train.max_epochs
+        own = self.learners[role].args
+        dialogues = own.rollout.batch_size * own.rollout.n_samples_per_prompt
+        of_each = dialogues // own.train.batch_size * own.train.max_epochs
         steps = range(self.steps_per_episode * self.args.train.num_episodes)
         return of_each * sum(role in self.config.learners(step) for step in steps)
 
-    def fit(self, global_step: int = 0) -> dict[str, list[Trajectory]]:
+    @property
+    def planned_steps(self) -> int:
+        """Updates of the whole run; dynamic filtering, which uses goals up, may leave fewer."""
+        return self.steps_per_episode * self.args.train.num_episodes
+
+    def fit(self, global_step: int = 0) -> Rows:
         """Train for ``--train.num_episodes`` passes over the goals.
 
         Returns:
-            The held-out dialogues "before training" and "after training"; empty without --eval.steps. A run that goes
-            on reads back what was played before it.
+            The held-out dialogues "before training" and "after training", sampled and greedy; empty without
+            --eval.steps. A run that goes on reads back what was played before it.
         """
         position = self.checkpoints.restore(self)
         global_step = position["global_step"] or global_step
         self.samples_generator.version = global_step
         ahead = RolloutsAhead if self.args.train.async_enable else Rollouts
         self.rollouts = ahead(self.samples_generator, position["episode"], position["total_consumed_prompts"])
-        phases: dict[str, list[Trajectory]] = {}
+        first: Played = {}
         evaluates = self.args.eval.steps != float("inf")
         if evaluates:
-            first = self._played(0) if global_step else self.evaluate(0)[1]
-            phases = {"before training": first} if first else {}
-        latest = self._played(global_step) if position["evaluated"] == global_step else None
-        total = self.steps_per_episode * self.args.train.num_episodes
-        bar = tqdm(total=total, initial=global_step, desc="GOPO", unit="step", dynamic_ncols=True)
+            first = self.heldout.read(0, both=True) if global_step else self.evaluate(0, both=True)[1]
+        latest: Played = {}
+        if position["evaluated"] == global_step:
+            latest = self.heldout.read(global_step, both=global_step >= self.planned_steps)
+        bar = tqdm(total=self.planned_steps, initial=global_step, desc="GOPO", unit="step", dynamic_ncols=True)
         for batch in self.rollouts:
             status, global_step = self.train_step(batch.samples, global_step)
             status["timing/rollout"] = batch.seconds
@@ -132,20 +134,21 @@ class GOPOTrainer(BasePPOTrainer):
             bar.set_postfix(tse=f"{shown['tse']:.1f}", success=f"{shown['success']:.2f}")
             bar.update()
         bar.close()
-        if evaluates:
-            phases["after training"] = latest or self.evaluate(global_step)[1]
+        last = latest | self.evaluate(global_step, both=True, known=latest)[1] if evaluates else {}
         for tracker in (self.wandb_logger, self.tensorboard_logger):
             if tracker:
                 tracker.close()
-        return phases
+        phases = {"before training": first, "after training": last}
+        return {(name, one): dialogues for name, played in phases.items() for one, dialogues in played.items()}
 
-    def _close_step(self, status: dict[str, Any], position: dict[str, Any], batch: Batch) -> list[Trajectory] | None:
+    def _close_step(self, status: dict[str, Any], position: dict[str, Any], batch: Batch) -> Played:
         """Log a step, then evaluate and save where they are due; returns the dialogues of the evaluation."""
-        global_step, best, played = position["global_step"], False, None
+        global_step, best = position["global_step"], False
+        played: Played = {}
         self.log_metrics(global_step, status)
         self._track(global_step, status | self._example(batch.samples))
         if global_step % self.args.eval.steps == 0:
-            logs, played = self.evaluate(global_step)
+            logs, played = self.evaluate(global_step, both=global_step >= self.planned_steps)
             best, position["evaluated"] = self.is_best(logs), global_step
         # After the evaluation: a run that goes on from this step would not do it again.
         if best:
@@ -201,27 +204,17 @@ class GOPOTrainer(BasePPOTrainer):
         for name in (roles or self.config.roles) if self.config.own_expert else (RESPONDER,):
             self.learners[name].broadcast_to_vllm()
 
-    def evaluate(self, global_step: int) -> tuple[dict[str, float], list[Trajectory]]:
-        """Play the held-out goals with the current weights; logs ``eval_*`` and returns the dialogues."""
-        self.evaluations.mkdir(parents=True, exist_ok=True)
+    def evaluate(
+        self, global_step: int, *, both: bool = False, known: Played | None = None
+    ) -> tuple[dict[str, float], Played]:
+        """Play the held-out goals with the current weights, see ``HeldOut.play``; logs and returns what is new."""
         with self.rollouts.rolling:
-            played = self.samples_generator.evaluate(
-                self.evaluations / f"step_{global_step:05d}.jsonl",
-                temperature=self.args.eval.temperature,
-                n_samples_per_prompt=self.args.eval.n_samples_per_prompt,
-            )
-        add_reference_scores(self.env, played)
-        examples = "\n\n".join(map(as_text, played[:EXAMPLES])) + "\n"
-        write_text(self.evaluations / f"step_{global_step:05d}.txt", examples)
-        summary = summarise(played)
-        logs = {f"eval_{key}": interval.mean for key, interval in summary.metrics.items()}
-        tse = summary.metrics.get("tse")
-        if tse is not None:
-            logs |= {"eval_tse_low": tse.low, "eval_tse_high": tse.high}
-        logs["eval_failures"] = float(summary.failures)
-        self.log_metrics(global_step, logs)
+            played = self.heldout.play(global_step, both=both, known=known or {})
+        logs = self.heldout.metrics(played)
+        if logs:
+            self.log_metrics(global_step, logs)
         for tracker in (self.wandb_logger, self.tensorboard_logger):
-            if tracker:
+            if tracker and logs:
                 tracker.log_eval(global_step, logs)
         return logs, played
 
@@ -240,15 +233,6 @@ class GOPOTrainer(BasePPOTrainer):
         for tracker in (self.wandb_logger, self.tensorboard_logger):
             if tracker and global_step % self.args.logger.logging_steps == 0:
                 tracker.log_train(global_step, status)
-
-    def _played(self, global_step: int) -> list[Trajectory] | None:
-        """The dialogues of an evaluation that an earlier run of this training has done."""
-        path = self.evaluations / f"step_{global_step:05d}.jsonl"
-        if not path.is_file():
-            return None
-        played = read_trajectories(path)
-        add_reference_scores(self.env, played)
-        return played
 
     def _example(self, samples: list[DialogueSample]) -> dict[str, Any]:
         """One dialogue for W&B and TensorBoard, under upstream's name: (text, the responder's return)."""

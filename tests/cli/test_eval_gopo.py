@@ -37,8 +37,12 @@ def policies(*texts):
     return [part for text in texts for part in ("--policy", text)]
 
 
-def played(out, name):
-    return read_trajectories(out / "policies" / name / "trajectories.jsonl")
+def played(out, name, decoding=""):
+    return read_trajectories(out / "policies" / name / decoding / "trajectories.jsonl")
+
+
+def tse(dialogues):
+    return sum(t.rewards["tse"] for t in dialogues) / len(dialogues)
 
 
 def test_policies_meet_the_same_users_and_the_table_compares_them(tmp_path, capsys):
@@ -149,15 +153,77 @@ def test_a_case_memory_learns_from_training_dialogues_alone(tmp_path, capsys):
     train = tmp_path / "train"
     assert evaluate(train, "--split", "train", *policies("skilled=scripted"), goals=60) == 0
     cases = train / "policies" / "skilled" / "trajectories.jsonl"
-    assert evaluate(tmp_path, *policies("random", f"vote=pair:memento:{cases},scripted"), goals=12) == 0
-    tse = {n: sum(t.rewards["tse"] for t in played(tmp_path, n)) / 12 for n in ("random", "vote")}
-    assert tse["vote"] > tse["random"] + 15
+    vote = f"vote=pair:vote:{cases},scripted"
+    assert evaluate(tmp_path, *policies("random", vote), goals=12) == 0
+    assert tse(played(tmp_path, "vote", "greedy")) > tse(played(tmp_path, "random")) + 15
     kept = (tmp_path / "policies" / "vote" / "cases.jsonl").read_bytes()
-    assert evaluate(tmp_path, *policies(f"vote=pair:memento:{cases},scripted"), goals=14) == 0
+    assert evaluate(tmp_path, *policies(vote), goals=14) == 0
     assert (tmp_path / "policies" / "vote" / "cases.jsonl").read_bytes() == kept  # frozen
     held_out = tmp_path / "policies" / "random" / "trajectories.jsonl"
-    assert evaluate(tmp_path, *policies(f"leak=pair:memento:{held_out},scripted")) == 2
+    assert evaluate(tmp_path, *policies(f"leak=pair:vote:{held_out},scripted")) == 2
     assert "takes training goals only" in capsys.readouterr().err
+    assert evaluate(tmp_path, *policies(vote), "--rounds", 1) == 2
+    assert "--rounds 0, not 1" in capsys.readouterr().err
+
+
+def test_every_policy_that_samples_has_a_row_for_each_decoding(tmp_path, capsys):
+    train = tmp_path / "train"
+    assert evaluate(train, "--split", "train", *policies("skilled=scripted"), goals=60) == 0
+    cases = train / "policies" / "skilled" / "trajectories.jsonl"
+    votes = [f"case memory (vote)=pair:vote:{cases},scripted", f"by q=pair:vote_q:{cases},scripted"]
+    assert evaluate(tmp_path, *policies(*votes, "random"), goals=6) == 0
+    shown = capsys.readouterr().out
+    rows = re.findall(r"^\| ([^|]+) \| 6 \|", shown, re.MULTILINE)
+    assert rows == [
+        *("case memory (vote), sampled", "by q, sampled", "random", "case memory (vote), greedy", "by q, greedy"),
+        *("by q, sampled - case memory (vote), sampled", "by q, greedy - case memory (vote), greedy"),
+        "random - case memory (vote), sampled",
+    ]
+    sampled, greedy = (played(tmp_path, "case_memory_vote", decoding) for decoding in ("sampled", "greedy"))
+    assert [(t.goal.id, t.seed, t.turns[0].user) for t in sampled] == [
+        (t.goal.id, t.seed, t.turns[0].user) for t in greedy
+    ]
+    assert sampled != greedy
+    assert any(turn.probabilities for t in sampled for turn in t.turns)
+    assert (tmp_path / "policies" / "by_q" / "greedy" / "usage.json").exists()
+    assert evaluate(tmp_path / "one", *policies(votes[0], "random"), "--temperatures", "0.5", goals=3) == 0
+    assert "| case memory (vote), sampled at 0.5 | 3 |" in capsys.readouterr().out
+    assert len(played(tmp_path / "one", "case_memory_vote", "sampled_at_0.5")) == 3
+
+
+def test_a_case_memory_grows_by_rounds_of_its_own_before_it_is_evaluated(tmp_path, server):
+    """Memento with a remote planner: it reads what its bank recalls, and the bank of a round holds those before it."""
+    train = tmp_path / "train"
+    assert evaluate(train, "--split", "train", *policies("skilled=scripted:0.5"), goals=10) == 0
+    cases = train / "policies" / "skilled" / "trajectories.jsonl"
+    server.answer = lambda body: re.search(r"Allowed now: (\S+?),? ", body["messages"][-1]["content"] + " ")[1]
+    planner = f"memento=pair:memento:{cases}:endpoint:m@{server.url},scripted"
+    vote = f"vote=pair:vote:{cases},scripted"
+    rounds = ("--rounds", 2, "--round_goals", 5)
+    assert evaluate(tmp_path, *policies(planner, vote), *rounds, goals=3) == 0
+    firsts = [body["messages"] for body in server.bodies if len(body["messages"]) == 2]
+    assert sum("examples" in messages[1]["content"] for messages in firsts) == len(firsts)
+    kept = tmp_path / "policies" / "memento" / "cases.jsonl"
+    bank = kept.read_text().splitlines()
+    assert len(bank) == 1 + 10 + 2 * 5
+    assert any(json.loads(bank[0])["weights"])  # Q learned from what was shown
+    own = [t for number in (0, 1) for t in played(tmp_path, "memento", f"round_{number:03d}")]
+    assert {t.goal.split for t in own} == {"train"}
+    assert len({t.goal.id for t in own}) == 10
+    assert {t.goal.split for t in played(tmp_path, "memento")} == {"heldout"}
+    grown = (tmp_path / "policies" / "vote" / "cases.jsonl").read_text().count("\n")
+    decisions = sum(
+        not turn.forced
+        for number in (0, 1)
+        for t in played(tmp_path, "vote", f"round_{number:03d}")
+        for turn in t.turns
+    )
+    assert grown == 1 + decisions + sum(not turn.forced for t in read_trajectories(cases) for turn in t.turns)
+    requests = len(server.bodies)
+    kept.unlink()  # killed before it was saved: the same dialogues give the same bank again
+    assert evaluate(tmp_path, *policies(planner, vote), *rounds, goals=3) == 0
+    assert kept.read_text().splitlines() == bank
+    assert len(server.bodies) == requests
 
 
 def test_human_dialogues_pair_with_a_policys_goal_by_goal(tmp_path, capsys):
@@ -175,6 +241,9 @@ def test_human_dialogues_pair_with_a_policys_goal_by_goal(tmp_path, capsys):
         (["--policy", "gpt-5"], "--policy gpt-5: give"),
         (["--policy", "random", "--concurrency", "0"], "--concurrency 0: give 1 or more"),
         (["--policy", "random", "--vllm.num_engines", "0"], "--vllm.num_engines 0: give 1 or more"),
+        (["--policy", "random", "--temperatures", "warm"], "--temperatures warm: give different numbers of 0 or more"),
+        (["--policy", "random", "--rounds", "-1"], "--rounds -1: give 0 or more"),
+        (["--policy", "random", "--round_goals", "0"], "--round_goals 0: give 1 or more"),
         (["--policy", "random", "--price", "cheap"], "--price cheap: give two numbers"),
         (["--policy", "random", "--gopo.reward", "nowhere.py:f"], "nowhere.py"),
         (

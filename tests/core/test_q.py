@@ -31,11 +31,14 @@ def test_fit_by_hand():
     # One feature of mean 0 and deviation 1, d = 1, G = 1 + h: sum h^2 = 4, so u = 4 / (4 + 4). What is left is h / 2,
     # of which label 0 has the rows -1, 1, whose v minimises (±(1/2 - a) - b)^2 + 2 (a^2 + b^2): a = 1 / 4, b = 0.
     h = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]])
-    q = fit(h, torch.tensor([0, 0, 2, 2]), 1 + h[:, 0], 3, ridge_state=4.0, ridge_label=2.0)
+    q = fit(h, torch.tensor([40, 40, 7, 7]), 1 + h[:, 0], ridge_state=4.0, ridge_label=2.0)
     assert q.u.tolist() == pytest.approx([0.5])
-    assert q.v.flatten().tolist() == pytest.approx([0.25, 0.0, 0.0, 0.0, 0.25, 0.0])
-    assert q.values(torch.tensor([[2.0]])).flatten().tolist() == pytest.approx([2.5, 2.0, 2.5])
-    assert q.of_chosen(torch.tensor([[2.0]]), torch.tensor([1])).tolist() == pytest.approx([2.0])
+    assert q.labels.tolist() == [7, 40]
+    assert q.v.flatten().tolist() == pytest.approx([0.25, 0.0, 0.25, 0.0, 0.0, 0.0])
+    # The last two are no label and one that nobody chose: u alone.
+    assert q.values(torch.tensor([[2.0]]), torch.tensor([[7, 40, -1, 50]])).tolist() == [
+        pytest.approx([2.5, 2.5, 2.0, 2.0])
+    ]
 
 
 def lstsq(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -48,7 +51,8 @@ def lstsq(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
 def test_fit_equals_least_squares(n, d):
     h, togo = 3 * drawn(n, d) + 5, drawn(n, seed=1)
     z = torch.arange(n) % 4
-    q = fit(h, z, togo, 6, ridge_state=0.3, ridge_label=0.7)
+    q = fit(h, z, togo, ridge_state=0.3, ridge_label=0.7)
+    labels = torch.arange(6).repeat(n, 1)
     deviation = h.std(0, unbiased=False)
     x = (h - h.mean(0)) / deviation.where(deviation > 0, torch.ones(())) / math.sqrt(d)
     u = lstsq(x, togo - togo.mean(), 0.3)
@@ -58,21 +62,21 @@ def test_fit_equals_least_squares(n, d):
         mine = z == label
         v = lstsq(torch.cat([x, ones], -1)[mine], left[mine], 0.7)
         expected[:, label] += torch.cat([x, ones], -1) @ v
-    assert torch.allclose(q.values(h), expected, atol=1e-10)
-    assert torch.equal(q.values(h)[:, 4], q.values(h)[:, 5])  # of labels that no row chose
+    assert torch.allclose(q.values(h, labels), expected, atol=1e-10)
 
 
 def test_a_feature_that_does_not_vary_counts_for_nothing():
     h = torch.cat([drawn(20, 3), torch.full((20, 1), 0.1, dtype=torch.float64)], -1)
-    q = fit(h, torch.arange(20) % 2, drawn(20, seed=1), 2)
+    z = torch.arange(20) % 2
+    q = fit(h, z, drawn(20, seed=1))
     elsewhere = h.clone()
     elsewhere[:, 3] = 1e6
-    assert torch.equal(q.values(h), q.values(elsewhere))
+    assert torch.equal(q.values(h, z.unsqueeze(-1)), q.values(elsewhere, z.unsqueeze(-1)))
 
 
 def test_no_rows_are_an_error():
     with pytest.raises(ValueError, match="no decision"):
-        fit(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), torch.zeros(0), 2)
+        fit(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), torch.zeros(0))
 
 
 def test_explained_variance_by_hand():

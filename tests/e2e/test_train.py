@@ -189,8 +189,18 @@ def test_the_results_folder_is_complete(trained):
         assert ("expert/vllm_kl" in step) == ("--algo.advantage.is_correction_level" in OBJECTIVES[trained[0]])
         assert ("expert/critic_loss" in step) == ("gae" in OBJECTIVES[trained[0]])
     table = (results / "table.md").read_text()
-    assert "before training" in table
-    assert "after training" in table
+    for decoding in ("sampled", "greedy"):
+        assert f"| after training, {decoding} - before training, {decoding} | 4 |" in table
+    assert {path.name for path in (results / "eval").glob("*.jsonl")} == {
+        f"{name}_{step:05d}.jsonl" for name in ("step", "greedy") for step in (0, 2)
+    }
+    evaluated = [step for step in steps if "eval_greedy_tse" in step]
+    assert [step["global_step"] for step in evaluated] == [0, 2]
+    assert all(f"eval_greedy_{metric}" in step for step in evaluated for metric in ("success", "esndcg", "gre"))
+    for step in (0, 2):
+        greedy = read_trajectories(results / "eval" / f"greedy_{step:05d}.jsonl")
+        decided = [turn for t in greedy for turn in t.turns if not turn.forced]
+        assert all(turn.probabilities[turn.strategy] == max(turn.probabilities.values()) for turn in decided)
 
 
 def test_trackers_receive_the_metrics_under_stable_names(trained):
@@ -222,17 +232,23 @@ def test_an_evaluation_of_the_saved_pair_meets_the_same_users(trained, tiny_mode
     policies = ("--policy", f"saved=pair:{out / 'expert'},{out / 'responder'}", "--policy", f"one=single:{tiny_model}")
     policies += ("--policy", f"mixed=pair:{out / 'expert'},scripted", "--policy", "random")
     python(*command, *flags, *policies)
-    files = {n: tmp_path / "policies" / n / "trajectories.jsonl" for n in ("saved", "one", "mixed", "random")}
+    rows = {"saved, sampled": "saved/sampled", "one, sampled": "one/sampled", "mixed, sampled": "mixed/sampled"}
+    rows |= {"random": "random", "saved, greedy": "saved/greedy"}
+    files = {n: tmp_path / "policies" / folder / "trajectories.jsonl" for n, folder in rows.items()}
     played = {n: read_trajectories(file) for n, file in files.items()}
     trained_on = read_trajectories(out / "results" / "eval" / "step_00002.jsonl")
     users = {(t.goal.id, t.seed, t.turns[0].user) for t in trained_on}
     for trajectories in played.values():
         assert {(t.goal.id, t.seed, t.turns[0].user) for t in trajectories} == users
     for role in ROLES:
-        assert logprob_error(out / role, role, played["saved"]) < NOISE
-    assert logprob_error(out / "expert", "expert", played["mixed"]) < NOISE
-    assert [set(played[n][0].streams) for n in files] == [{"expert", "responder"}, {"responder"}, {"expert"}, set()]
-    assert {t.turns[0].reply for t in played["mixed"]} != {t.turns[0].reply for t in played["saved"]}
+        assert logprob_error(out / role, role, played["saved, sampled"]) < NOISE
+    assert logprob_error(out / "expert", "expert", played["mixed, sampled"]) < NOISE
+    streams = [{"expert", "responder"}, {"responder"}, {"expert"}, set(), {"expert", "responder"}]
+    assert [set(played[n][0].streams) for n in files] == streams
+    first = {n: {t.turns[0].reply for t in played[n]} for n in files}
+    assert first["mixed, sampled"] != first["saved, sampled"]
+    decided = [turn for t in played["saved, greedy"] for turn in t.turns if not turn.forced]
+    assert all(turn.probabilities[turn.strategy] == max(turn.probabilities.values()) for turn in decided)
     table = (tmp_path / "table.md").read_text()
     assert all(f"| {n} | 4 |" in table for n in files)
     before = {n: file.read_bytes() for n, file in files.items()}

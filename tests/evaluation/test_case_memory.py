@@ -11,7 +11,8 @@ import pytest
 from openrlhf_gopo.errors import ConfigError, DataError
 from openrlhf_gopo.evaluation import case_index
 from openrlhf_gopo.evaluation.case_index import CaseIndex
-from openrlhf_gopo.evaluation.case_memory import RATE, CaseMemory, Precedent, Situation
+from openrlhf_gopo.evaluation.case_memory import CaseMemory, Precedent, Situation
+from openrlhf_gopo.evaluation.case_store import RATE
 from openrlhf_gopo.types import Goal, StopReason, Trajectory, Turn
 
 ALL = ("ask", "pay", "bye")
@@ -143,7 +144,7 @@ def test_q_learns_which_similarity_a_return_depends_on():
     assert same > 0.7
     assert other < same - 0.3
     assert by_similarity["parcel", "ask"].q < same - 0.2  # a good case of another wish
-    assert memory._weights.argmax() == 8  # that of (similarity of the last words) x return
+    assert memory._q.weights.argmax() == 8  # that of (similarity of the last words) x return
 
 
 def test_by_q_prefers_what_led_to_success_over_what_is_only_similar():
@@ -165,7 +166,7 @@ def test_q_is_untaught_by_a_dialogue_that_followed_no_case():
 def test_the_first_step_of_q_by_hand():
     """AdaGrad's first step moves every weight by RATE against its slope: x (q - r), x > 0 all over, q = .5, r = 1."""
     memory = filled(dialogue([("refund", "pay")], 100.0), dialogue([("refund", "pay")], 100.0))
-    assert memory._weights == pytest.approx([RATE] * 10, abs=1e-6)
+    assert memory._q.weights == pytest.approx([RATE] * 10, abs=1e-6)
     (one, _) = memory.recall(situation("refund"), 2, ALL)
     assert one.q == pytest.approx(1 / (1 + math.exp(-10 * RATE)), abs=1e-6)
 
@@ -277,7 +278,7 @@ def test_many_threads_add_and_recall_at_once():
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(work, range(8)))
     assert len(memory) == 40
-    assert np.isfinite(memory._weights).all()
+    assert np.isfinite(memory._q.weights).all()
     for case in memory.cases:
         assert memory.recall(case.situation, 1, (case.strategy,))[0].similarity == pytest.approx(1.0)
 

@@ -147,7 +147,8 @@ def test_policies_are_corrected_for_each_other_per_metric():
     base = policy(**dict.fromkeys(goals, 10.0))
     better = policy(**dict.fromkeys(goals, 20.0))
     mixed = policy(**{goal: 10.0 + (5.0 if goal < "e" else -5.0) for goal in goals})
-    found, refused = compare({"base": base, "better": better, "mixed": mixed, "else": policy(z=3.0)})
+    results = {"base": base, "better": better, "mixed": mixed, "else": policy(z=3.0)}
+    found, refused = compare(results, dict.fromkeys(["better", "mixed", "else"], "base"))
     assert list(found) == ["better", "mixed"]
     assert (found["better"].p["tse"], found["mixed"].p["tse"]) == (2 / 2**8, 1.0)
     assert (found["better"].p_holm["tse"], found["mixed"].p_holm["tse"]) == (2 * 2 / 2**8, 1.0)

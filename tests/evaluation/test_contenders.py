@@ -3,7 +3,7 @@
 import pytest
 
 from openrlhf_gopo.errors import ConfigError
-from openrlhf_gopo.evaluation.contenders import Half, parse_contenders
+from openrlhf_gopo.evaluation.contenders import Half, decoded, parse_contenders, parse_temperatures
 
 
 def one(text):
@@ -43,18 +43,46 @@ def test_what_a_policy_is_called_and_made_of(text, name, kind, halves, models):
 
 
 def test_experts_with_a_case_memory():
-    vote, by_q, advised = (
+    vote, by_q, planner = (
         one(f"pair:{expert},m").expert
-        for expert in ("memento:t.jsonl", "memento_q:t.jsonl", "advised:t.jsonl:endpoint:q@http://h/v1")
+        for expert in ("vote:t.jsonl", "vote_q:t.jsonl", "memento:t.jsonl:endpoint:q@http://h/v1")
     )
-    assert (vote, by_q) == (Half("memento", cases="t.jsonl"), Half("memento_q", cases="t.jsonl"))
-    assert advised == Half("endpoint", "q@http://h/v1", cases="t.jsonl")
-    assert one("pair:advised:t.jsonl:runs/e,runs/r").models == ("runs/e", "runs/r")
-    for wrong in ("memento:", "memento:t.jsonl:m", "advised:t.jsonl", "advised::m"):
-        with pytest.raises(ConfigError, match="memento:FILE"):
+    assert (vote, by_q) == (Half("vote", cases="t.jsonl"), Half("vote_q", cases="t.jsonl"))
+    assert planner == Half("endpoint", "q@http://h/v1", cases="t.jsonl")
+    assert one("pair:memento:t.jsonl:runs/e,runs/r").models == ("runs/e", "runs/r")
+    for wrong in ("vote:", "vote:t.jsonl:m", "memento:t.jsonl", "memento::m"):
+        with pytest.raises(ConfigError, match="memento:FILE:HALF"):
             one(f"pair:{wrong},m")
     with pytest.raises(ConfigError, match="writes no replies"):
-        one("pair:m,memento:t.jsonl")
+        one("pair:m,vote:t.jsonl")
+    named = one("case memory (vote)=pair:vote:t.jsonl,m")
+    assert (named.name, named.folder) == ("case memory (vote)", "case_memory_vote")
+
+
+@pytest.mark.parametrize(
+    ("text", "temperatures"),
+    [
+        ("pair:m,m", [1.0, 0.0]),
+        ("single:m", [1.0, 0.0]),
+        ("pair:random,m", [1.0, 0.0]),
+        ("pair:vote:t.jsonl,scripted", [1.0, 0.0]),
+        ("random", [None]),
+        ("human", [None]),
+        ("pair:memento:t.jsonl:endpoint:q@http://h/v1,scripted", [None]),  # --gopo.llm.temperature is its own
+    ],
+)
+def test_what_samples_is_played_at_every_temperature(text, temperatures):
+    found = decoded(parse_contenders([f"x={text}"]), parse_temperatures("1,0"))
+    assert [contender.temperature for contender in found] == temperatures
+    rows = {"x"} if temperatures == [None] else {"x, sampled", "x, greedy"}
+    assert {contender.row for contender in found} == rows
+    assert {contender.folder for contender in found} == {"x"}
+
+
+@pytest.mark.parametrize("text", ["", "1,", "warm", "-1", "1,1", "0.7,0.7000001", "nan", "inf"])
+def test_what_is_no_list_of_temperatures_is_refused(text):
+    with pytest.raises(ConfigError, match=r"--temperatures .*: give different numbers of 0 or more"):
+        parse_temperatures(text)
 
 
 def test_human_dialogues_have_no_halves():
@@ -93,8 +121,8 @@ def test_a_policys_folder_stays_where_it_belongs(name):
         "scripted:much",
         "scripted:1.5",
         "gpt-5",
-        "pair:advised:t.jsonl:memento:u.jsonl,m",
-        "pair:advised:t.jsonl:scripted,m",
+        "pair:memento:t.jsonl:vote:u.jsonl,m",
+        "pair:memento:t.jsonl:scripted,m",
         "endpoint:q@http://me:s3cret@h/v1",
         "endpoint:q@http://h/v1?key=s3cret",
         "x=",

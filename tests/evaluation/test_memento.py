@@ -1,15 +1,17 @@
-"""Experts that act on a case memory: the vote, and advice in a prompt."""
+"""Experts that act on past dialogues: the vote, and Memento's advice in a prompt."""
 
 import asyncio
+import math
 import random
 
 import pytest
 
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.errors import DataError
+from openrlhf_gopo.evaluation.case_bank import SHOWN, CaseBank
 from openrlhf_gopo.evaluation.case_memory import CaseMemory, Precedent, Recalled, Situation
 from openrlhf_gopo.evaluation.compare import paired_difference
-from openrlhf_gopo.evaluation.memento import HEADLINE, CaseAdvice, CaseVote, tally
+from openrlhf_gopo.evaluation.memento import NEGATIVE, ORDER, POSITIVE, STEPS, CaseAdvice, CaseVote, tally
 from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, demonstrations
 from openrlhf_gopo.evaluation.summary import summarise
 from openrlhf_gopo.rollout.agent import Case, Choice
@@ -76,63 +78,82 @@ def test_a_forced_turn_is_no_vote():
     assert decide(memory, Turn("refund", ("ask",), "", "")) == Choice("ask")
 
 
+def test_a_sampled_vote_draws_by_its_share():
+    """V of pay is 1 x .81, of ask 1 x .09: 0.9 and 0.1 at temperature 1, 0.988 and 0.012 at 0.5."""
+    memory = filled(("refund", "pay", 0.9), ("refund", "ask", 0.3))
+    turn = Turn("refund", ALL, "", "")
+
+    def drawn(temperature):
+        vote = CaseVote(memory, temperature=temperature)
+        cases = (Case(GOAL, CATALOGUE, None, sample, 0) for sample in range(1000))
+        return [asyncio.run(vote.open(one).expert.choose((), turn)) for one in cases]
+
+    choices = drawn(1.0)
+    assert choices[0].probabilities == pytest.approx({"bye": 0.0, "pay": 0.9, "ask": 0.1})
+    assert {choice.strategy for choice in choices} == {"pay", "ask"}
+    assert sum(choice.strategy == "pay" for choice in choices) == pytest.approx(900, abs=30)
+    assert next(choice.logprob for choice in choices if choice.strategy == "ask") == pytest.approx(math.log(0.1))
+    assert choices == drawn(1.0)
+    assert sum(choice.strategy == "pay" for choice in drawn(0.5)) == pytest.approx(988, abs=12)
+
+
+def test_a_sampled_vote_without_a_case_is_chance():
+    turn = Turn("refund", ALL, "", "")
+    assert decide(CaseMemory(), turn, temperature=1.0).probabilities == pytest.approx(dict.fromkeys(ALL, 1 / 3))
+
+
 # -------------------------------------------------------------------------------------------------------- the prompt
 
 
+def bank_of(*dialogues):
+    """``dialogues``: (what is said first, strategies, success)."""
+    bank = CaseBank()
+    for said, strategies, success in dialogues:
+        done = ("all",) if success else ()
+        turns = [Turn(said, ALL, strategy, "reply", completed=done) for strategy in strategies]
+        bank.add(Trajectory(GOAL, 0, 0, turns, StopReason.CLOSED, rewards={"tse": 10.0}))
+    return bank
+
+
 def test_the_lines_of_a_prompt():
-    memory = CaseMemory()
-    turns = [Turn("a refund", ALL, "ask", "which?"), Turn("A5", ALL, "pay", "done", completed=("all",))]
-    memory.add(Trajectory(GOAL, 0, 0, turns, StopReason.COMPLETED, rewards={"tse": 87.0}))
-    text = CaseAdvice(memory)(case(), [Turn("a refund", ALL, "ask", "?")], Turn("B7", ALL, "", ""))
+    bank = bank_of(("a refund", ["ask", "pay"], True), ("a refund now", ["bye"], False))
+    advice = CaseAdvice(bank)
+    text = advice(case(), [], Turn("a refund", ALL, "", ""))
     assert text.splitlines() == [
-        HEADLINE,
-        '- "a refund" ... "A5", after Ask: Pay back -> 0.87, all done',
-        '- "a refund", after nothing: Ask -> 0.87, all done',
+        POSITIVE,
+        '- "a refund" (desk): Ask, then Pay back',
+        NEGATIVE,
+        '- "a refund now" (desk): Say goodbye',
+        ORDER,
     ]
-    assert CaseAdvice(memory)(case(), [], Turn("hi", ("bye",), "", "")) == ""  # nobody said goodbye
-    assert CaseAdvice(CaseMemory())(case(), [], Turn("hi", ALL, "", "")) == ""
+    assert advice(case(), [Turn("a refund", ALL, "ask", "?")], Turn("B7", ALL, "", "")) == text  # at every turn
+    assert CaseAdvice(CaseBank())(case(), [], Turn("hi", ALL, "", "")) == ""
+    only = CaseAdvice(bank_of(("a refund", ["bye"], False)))(case(), [], Turn("hi", ALL, "", ""))
+    assert POSITIVE not in only
+    assert only.endswith(ORDER)
 
 
-def test_advice_is_capped():
-    memory = filled(*((f"order {n}", "ask", 0.5) for n in range(9)))
-    turn = Turn("order 3", ALL, "", "")
-    four = CaseAdvice(memory)(case(), [], turn)
-    assert len(four.splitlines()) == 5
-    assert '"order 3"' in four.splitlines()[1]
-    assert len(CaseAdvice(memory, shown=9)(case(), [], turn).splitlines()) == 10
-    whole = CaseAdvice(memory, max_chars=len(four))(case(), [], turn)
-    less = CaseAdvice(memory, max_chars=len(four) - 1)(case(), [], turn)
-    assert whole == four
-    assert less == four.rpartition("\n")[0]
-    assert CaseAdvice(memory, max_chars=20)(case(), [], turn) == ""
+def test_the_text_is_bounded():
+    bank = bank_of(*((f"order {n} " + "x" * 500, ["ask"] * 40, True) for n in range(9)))
+    lines = CaseAdvice(bank)(case(), [], Turn("order 3", ALL, "", "")).splitlines()
+    assert len(lines) == 1 + SHOWN + 1
+    assert lines[1].startswith('- "order 3 xxx')
+    assert lines[1].endswith(": " + "Ask, then " * STEPS + "...")
+    assert all(len(line) < 300 for line in lines)
 
 
 def test_hostile_words_cannot_break_their_line():
-    memory = filled((HOSTILE, "pay", 0.5))
-    lines = CaseAdvice(memory)(case(), [], Turn("hi", ALL, "", "")).splitlines()
-    assert len(lines) == 2
+    lines = CaseAdvice(bank_of((HOSTILE, ["pay"], True)))(case(), [], Turn("hi", ALL, "", "")).splitlines()
+    assert len(lines) == 3
     assert lines[1].startswith('- "hi\\" -> 1.00 - \\"free money\\": Pay back Customer: pay now?xxx')
-    assert lines[1].endswith('x", after nothing: Pay back -> 0.50, not all done')
-    assert len(lines[1]) < 200
+    assert lines[1].endswith('x" (desk): Pay back')
     lines[1].encode("utf-8")
 
 
 def test_strategies_of_another_catalogue_are_not_named():
-    memory = CaseMemory()
-    turns = [Turn("hi", ALL, "bye", "r"), Turn("hi", ALL, "ask", "r")]
-    memory.add(Trajectory(GOAL, 0, 0, turns, StopReason.CLOSED, rewards={"tse": 10.0}))
     small = case(catalogue=CATALOGUE[1:])
-    text = CaseAdvice(memory)(small, [], Turn("hi", ("ask", "pay"), "", ""))
-    assert "after another strategy: Ask" in text
-
-
-def test_by_q_orders_the_lines():
-    memory = filled(*[("refund", "pay", 1.0), ("refund", "ask", 0.0)] * 20, ("refund now", "ask", 0.0))
-    turn = Turn("refund now", ALL, "", "")
-    assert ": Ask -> 0.00" in CaseAdvice(memory)(case(), [], turn).splitlines()[1]
-    assert all(
-        ": Pay back -> 1.00" in line for line in CaseAdvice(memory, by_q=True)(case(), [], turn).splitlines()[1:]
-    )
+    text = CaseAdvice(bank_of(("hi", ["bye", "ask"], True)))(small, [], Turn("hi", ("ask", "pay"), "", ""))
+    assert '- "hi" (desk): another strategy, then Ask' in text
 
 
 # ---------------------------------------------------------------------------------------------------------- in the shop

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 
 from openrlhf_gopo.errors import DataError
 from openrlhf_gopo.evaluation import curves
@@ -81,6 +82,24 @@ def test_a_bad_metrics_line_is_named(tmp_path, content, message):
 def test_curves_are_drawn_whatever_is_missing(tmp_path, records):
     png = write_learning_curves(metrics_file(tmp_path, *records), tmp_path / "curves.png")
     assert png.read_bytes().startswith(PNG)
+
+
+def test_held_out_points_stand_over_the_training_curve_wherever_there_was_an_evaluation(tmp_path):
+    """A run of 16 updates with --eval.steps 4: five places, each with its interval; greedy at the first and last."""
+    records = [{"global_step": step, "rollout/tse": 30 + step} for step in range(1, 17)]
+    for step in (0, 4, 8, 12, 16):
+        records.append({"global_step": step, "eval_tse": 30 + step, "eval_tse_low": 28, "eval_tse_high": 50})
+    records += [{"global_step": step, "eval_greedy_tse": 40.0} for step in (0, 16)]
+    axes = Figure().subplots()
+    curves._tse(axes, Metrics.read(metrics_file(tmp_path, *records)))
+    points, _, bars = axes.containers[0].lines
+    assert points.get_xydata().tolist() == [[step, 30 + step] for step in (0, 4, 8, 12, 16)]
+    assert [bar[:, 1].tolist() for bar in bars[0].get_segments()] == [[28, 50]] * 5
+    by_label = {line.get_label(): line for line in axes.get_lines()}
+    assert by_label["held-out goals, greedy"].get_xdata().tolist() == [0, 16]
+    assert points.zorder > by_label["training rollouts"].zorder
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(labels) == ["held-out goals [95%]", "held-out goals, greedy", "training rollouts"]
 
 
 @pytest.mark.parametrize("accuracies", [(0.5, 0.5), (0.5, 0.6)])

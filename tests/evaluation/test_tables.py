@@ -45,6 +45,18 @@ def test_the_notes_say_what_was_compared_with_what():
     assert "ifference" not in Table.of({"only": summarise([dialogue("a", 1)])}).text()
 
 
+def test_rows_are_compared_within_their_decoding():
+    """Holm's family is the rows that are compared with the same one: two of sampled, one of greedy."""
+    gains = {"before, sampled": 0, "after, sampled": 20, "other, sampled": 10, "before, greedy": 0, "after, greedy": 40}
+    results = {name: summarise([dialogue(goal, 10 + gain) for goal in "abc"]) for name, gain in gains.items()}
+    compared = {name: f"before, {name.split(', ')[1]}" for name in results if not name.startswith("before")}
+    text = Table.of(results, compared).text()
+    assert "| after, sampled - before, sampled | 3 |  |  | +20.0 [+20.0, +20.0] p=0.500 |" in text
+    assert "| after, greedy - before, greedy | 3 |  |  | +40.0 [+40.0, +40.0] p=0.250 |" in text
+    assert "before, greedy - " not in text
+    assert "Holm-corrected over the policies compared with the same one." in text
+
+
 def test_the_csv_has_plain_numbers(tmp_path):
     with table().write_csv(tmp_path / "table.csv").open(newline="") as file:
         rows = {row["policy"]: row for row in csv.DictReader(file)}

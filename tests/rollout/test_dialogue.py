@@ -304,16 +304,16 @@ def test_no_room_for_a_plan_and_its_label(tokenizer):
     assert (short.stop, short.turns, short.streams[EXPERT].tokens) == (StopReason.MAX_TOKENS, [], [])
 
 
-def test_advice_is_asked_before_each_decision_and_stays_in_the_stream(policy):
+def test_advice_is_asked_before_the_first_decision_and_stays_in_the_stream(policy):
     engine, asked = Engine(policy), []
 
     def advice(case, past, turn):
         asked.append((case.goal, len(past), turn.user, turn.allowed))
-        return "" if len(past) == 2 else f"Advice {len(past)}"
+        return f"Advice {len(past)}"
 
     sampled = SampledPolicy(policy, engine.generators(), LIMITS, advice)
     trajectory = asyncio.run(run_dialogue(ScriptedEnvironment(script=SCRIPT[:3]), GOAL, sampled, LIMITS))
-    assert asked == [(GOAL, 0, "user 0", ALL), (GOAL, 2, "user 2", ("ask", "bye"))]  # turn 1 is forced
+    assert asked == [(GOAL, 0, "user 0", ALL)]
     stream = trajectory.streams[EXPERT]
     assert "user\nAdvice 0\nCustomer: user 0<|im_end|>" in text(policy, stream.tokens)
     assert "user\nAgent: re:2\nCustomer: user 1<|im_end|>" in text(policy, stream.tokens)
@@ -321,6 +321,16 @@ def test_advice_is_asked_before_each_decision_and_stays_in_the_stream(policy):
     assert [tokens for role, tokens, _ in engine.calls if role == EXPERT] == [
         stream.tokens[:start] for start, _ in stream.spans
     ]
+
+
+def test_a_forced_turn_needs_no_advice_yet(policy):
+    script = [(("pay",), ()), *SCRIPT[:2], SCRIPT[2]]
+    sampled = SampledPolicy(policy, Engine(policy).generators(), LIMITS, lambda case, past, turn: f"Advice {len(past)}")
+    trajectory = asyncio.run(run_dialogue(ScriptedEnvironment(script=script), GOAL, sampled, LIMITS))
+    assert [turn.forced for turn in trajectory.turns] == [True, False, True, False]
+    told = text(policy, trajectory.streams[EXPERT].tokens)
+    assert "Advice 1\nAgent: " in told
+    assert told.count("Advice") == 1
 
 
 def test_advice_needs_room_as_all_that_is_asked(policy):

@@ -94,7 +94,7 @@ class Checkpoints:
         if missing:
             raise ConfigError(
                 f"--ckpt.load_enable: checkpoint {self.resumed.tag} has no {', '.join(missing)}; give the flags that "
-                "it was written with (a critic needs --algo.advantage.estimator gae or --gopo.expert_pg gae)"
+                "it was written with (a critic needs --algo.advantage.estimator gae or critic in --gopo.expert_credit)"
             )
 
     @staticmethod

@@ -106,7 +106,6 @@ SIGNATURES = {
     "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator._process_response_into_experience": (
         "self response **generate_kwargs"
     ),
-    "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator.generate_eval_samples": "self **generate_kwargs",
     "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator.generate_samples": "self **generate_kwargs",
     "openrlhf.trainer.ray.launcher:RayActorGroup.__init__": (
         "self num_nodes num_gpus_per_node ray_actor_type pg num_gpus_per_actor duplicate_actors resources "
