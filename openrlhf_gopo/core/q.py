@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Noise in G over what the features explain of it: the penalties of |u|^2 and of |v_z|^2, for any d, as |h|^2 is about 1.
+# Noise in G over what the features explain of it: penalties of |u|^2 and of |v_z|^2. For any d, as |h|^2 is about 1.
 RIDGE_STATE, RIDGE_LABEL = 0.1, 1.0
 MAX_LOG_RATIO = 20.0  # upstream's clamp, so that exp stays finite
 

@@ -169,7 +169,7 @@ class QLoss:
         valid = inputs["allowed"] != PAD
         clip = self.policy_loss.clip_eps_low, self.policy_loss.clip_eps_high
         each = surrogate(self.actor.label_logprobs, inputs["q_logprobs"], inputs["q_advantages"], valid, *clip)
-        self.total += float(each.sum())
+        self.total += float(each.detach().sum())
         self.decisions += float(valid.any(dim=-1).sum())
         spread = each.new_zeros(action_mask.shape).index_put(action_mask.nonzero(as_tuple=True), each)
         norm = {name: options[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
