@@ -108,35 +108,62 @@ def flat(loss: torch.Tensor, actor: RoleActor) -> torch.Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(actor.parameters()))])
 
 
-@pytest.mark.parametrize("plans", [0, 2])
-def test_the_first_step_has_the_gradient_of_the_written_loss(one_process, plans):
-    items = rollout(plans=plans)
-    reference = make_actor()
-    states, logprobs, valid, chosen, togo = by_hand(reference, items)
-    q = fit(states.detach().float(), chosen, togo)
-    old = logprobs.detach()
-    values = q.values(states.detach(), torch.tensor([LABELS] * len(togo)))
-    credit = advantages(values, old, valid)
-    pi = old.exp().where(valid, torch.zeros(()))
-    assert float((pi * credit**2).sum(-1).mean()) == pytest.approx(1.0)
-    actions = sum(int(item.action_mask.sum()) for item in items)
-    loss = 0.7 * surrogate(logprobs, old, credit, valid, 0.2, 0.2).sum() / actions
+def credited(actor: RoleActor, items: list[Experience]) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Written out for the decisions of ``items``: A and log pi of ``actor``, (N, 4) each, and what Q explains."""
+    states, logprobs, valid, chosen, togo = by_hand(actor, items)
+    states, old = states.detach(), logprobs.detach()
+    q = fit(states.float(), chosen, togo)
+    credit = advantages(q.values(states, torch.tensor([LABELS] * len(togo))), old, valid)
+    assert float((old.exp() * credit**2).sum(-1).mean()) == pytest.approx(1.0)
+    left = q.values(states, chosen.unsqueeze(-1)).squeeze(-1) - togo
+    return credit, old, 1 - float(left.pow(2).sum() / (togo - togo.mean()).pow(2).sum())
+
+
+def losses(actor: RoleActor, items: list[Experience], credit: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """The term of each decision, (N,), with its graph."""
+    _, logprobs, valid, _, _ = by_hand(actor, items)
+    return surrogate(logprobs, old, credit, valid, 0.2, 0.2)
+
+
+@pytest.mark.parametrize(("plans", "per_token"), [(0, True), (2, True), (2, False)])
+def test_the_first_step_has_the_gradient_of_the_written_loss(one_process, monkeypatch, plans, per_token):
+    average(monkeypatch, per_token)
+    items, reference = rollout(plans=plans), make_actor()
+    credit, old, explained = credited(reference, items)
+    each = losses(reference, items, credit, old)
+    tokens = torch.tensor([int(item.action_mask.sum()) for item in items])
+    counts = [int((item.mm_train_inputs[0]["allowed"] >= 0).any(-1).sum()) for item in items]
+    of_dialogues = torch.stack([part.sum() for part in each.split(counts)])
+    loss = of_dialogues.sum() / tokens.sum() if per_token else (of_dialogues / tokens).mean()
     trainer, status = train(one_process, items, weight=0.7, upstream=False)
     assert len(trainer.strategy.gradients) == 1
-    assert same(trainer.strategy.gradients[0], flat(loss, reference))
-    assert status["q_loss"] == pytest.approx(0.0, abs=1e-9)  # sum_z pi_old A = 0
-    predicted = q.values(states.detach(), chosen.unsqueeze(-1)).squeeze(-1)
-    residual = float((predicted - togo).pow(2).sum() / (togo - togo.mean()).pow(2).sum())
-    assert status["q_fit_r2"] == pytest.approx(1 - residual, abs=1e-5)
+    assert same(trainer.strategy.gradients[0], flat(0.7 * loss, reference))
+    assert status["q_loss"] == pytest.approx(0.0, abs=1e-6)  # sum_z pi_old A = 0
+    assert status["q_fit_r2"] == pytest.approx(explained, abs=1e-5)
     assert "q_r2" not in status
+
+
+def test_the_logged_loss_is_a_mean_over_decisions(one_process):
+    """Of two steps: at the first one it is 0; then the weights are those after it, and Q and pi_old those of before."""
+    items = rollout(plans=2)
+    credit, old, _ = credited(make_actor(), items)
+    once, _ = train(one_process, items, upstream=False)
+    _, status = train(one_process, items, upstream=False, epochs=2)
+    second = float(losses(once.actor, items, credit, old).detach().mean())
+    assert abs(second) > 1e-3
+    assert status["q_loss"] == pytest.approx(second / 2, rel=1e-4)
+
+
+def average(monkeypatch: pytest.MonkeyPatch, per_token: bool) -> None:
+    """Upstream's loss as a mean over tokens or over dialogues."""
+    given = PolicyLoss.__init__.__defaults__
+    monkeypatch.setattr(PolicyLoss.__init__, "__defaults__", (*given[:3], per_token, *given[4:]))
 
 
 @pytest.mark.parametrize("per_token", [True, False])
 def test_micro_batches_change_nothing(one_process, monkeypatch, per_token):
     """Over two steps, so that ratios have left 1 and some are clipped; also as a mean over dialogues."""
-    monkeypatch.setattr(
-        PolicyLoss.__init__, "__defaults__", (0.2, 0.2, None, per_token, *PolicyLoss.__init__.__defaults__[4:])
-    )
+    average(monkeypatch, per_token)
     found = [train(one_process, rollout(), micro=micro, epochs=2) for micro in (1, 2, 3, 6)]
     for trainer, status in found[1:]:
         for one, other in zip(trainer.strategy.gradients, found[0][0].strategy.gradients, strict=True):
