@@ -24,6 +24,30 @@ from openrlhf_gopo.runtime.models import RolePPOTrainer
 MEMORY = 8  # rollouts whose decisions Q is fitted to
 
 
+class PolicyAndQLoss:
+    """Upstream's policy loss plus ``weight`` times the term, averaged over actions as upstream averages.
+
+    ``actor``: whose last forward pass, inside ``choosing``, gave the log-probabilities of all labels.
+    """
+
+    def __init__(self, policy_loss: Any, actor: Any, weight: float, clip: tuple[float, float]) -> None:
+        self.policy_loss, self.actor, self.weight, self.clip = policy_loss, actor, weight, clip
+        self.token_level_loss = policy_loss.token_level_loss
+
+    def __call__(self, log_probs: torch.Tensor, *args: Any, action_mask: torch.Tensor, **options: Any) -> tuple:
+        loss, *rest = self.policy_loss(log_probs, *args, action_mask=action_mask, **options)
+        inputs = self.actor.inputs
+        if not len(inputs.get("q_advantages", ())):
+            return loss, *rest
+        valid = inputs["allowed"] != PAD
+        old, advantages = inputs["q_logprobs"], inputs["q_advantages"]
+        each = q_surrogate(self.actor.label_logprobs, old, advantages, valid, self.clip)
+        mask = action_mask.bool()
+        spread = each.new_zeros(mask.shape).masked_scatter(mask, each)
+        info = {name: options[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size") if name in options}
+        return loss + self.weight * aggregate_loss(spread, mask, self.token_level_loss, **info), *rest
+
+
 class QCreditTrainer(RolePPOTrainer):
     """The expert's optimizer with the term ``q`` of weight ``args.q_weight`` in its loss.
 
@@ -34,7 +58,8 @@ class QCreditTrainer(RolePPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.memory: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self._policy_loss, self.actor_loss_fn = self.actor_loss_fn, self._loss
+        bounds = tuple(self.args.actor.eps_clip_low_high)
+        self.actor_loss_fn = PolicyAndQLoss(self.actor_loss_fn, self.actor, self.args.q_weight, bounds)
 
     def ppo_train(self, kl_ctl: float) -> dict[str, Any]:
         """Upstream's loop, after Q has been fitted; its metrics with ``q_r2`` and ``q_fit_r2`` (``core.q.explained``):
@@ -94,21 +119,6 @@ class QCreditTrainer(RolePPOTrainer):
         parts: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(parts, mine, group=group)
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-
-    def _loss(self, log_probs: torch.Tensor, *args: Any, action_mask: torch.Tensor, **options: Any) -> tuple:
-        """Upstream's policy loss plus the term, averaged over actions as upstream averages."""
-        loss, *rest = self._policy_loss(log_probs, *args, action_mask=action_mask, **options)
-        inputs = self.actor.inputs
-        if not len(inputs.get("q_advantages", ())):
-            return loss, *rest
-        valid = inputs["allowed"] != PAD
-        low, high = self.args.actor.eps_clip_low_high
-        each = q_surrogate(self.actor.label_logprobs, inputs["q_logprobs"], inputs["q_advantages"], valid, (low, high))
-        mask = action_mask.bool()
-        spread = each.new_zeros(mask.shape).masked_scatter(mask, each)
-        info = {k: options[k] for k in ("dp_size", "batch_num_tokens", "global_batch_size") if k in options}
-        token_level = self._policy_loss.token_level_loss
-        return loss + self.args.q_weight * aggregate_loss(spread, mask, token_level, **info), *rest
 
     def save_memory(self, path: Path) -> None:
         """Write the decisions of the last rollouts."""
