@@ -146,6 +146,7 @@ class GOPOSamplesGenerator(SamplesGenerator):
             expert_temperature=temperature,
             responder_temperature=temperature,
             probabilities=evaluating,
+            reply_group=None if evaluating else self.spec.limits.reply_group,
         )
         config, refs = self.spec.config, []
         for goal in labels:
