@@ -5,8 +5,8 @@ said:
 
     A = s_k - 1/(N-1) sum_{i != k} s_i        E[A grad log pi(y_k | h, z)] = grad E_{y ~ pi(. | h, z)}[s(h, z, y)]
 
-The siblings are independent of y_k, so their mean is a baseline that adds no bias. It is the gradient of the reply's own
-score: what the reply changes in the scores of later ones is not in it.
+The siblings are independent of y_k, so their mean is a baseline that adds no bias. It is the gradient of the score that
+the reply has itself: what it changes in the scores of later ones is not in it.
 """
 
 from __future__ import annotations

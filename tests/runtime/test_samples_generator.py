@@ -1,5 +1,6 @@
 """The samples generator's share of upstream's loop; whole rollouts are in tests/e2e."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
 from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.errors import DialogueError
-from openrlhf_gopo.rollout.sampled import TokenLimits
+from openrlhf_gopo.rollout.sampled import ReplyGroup, TokenLimits
 from openrlhf_gopo.runtime.restarts import Restarts
 from openrlhf_gopo.runtime.samples_generator import GOPOSamplesGenerator, RolloutSpec
 from openrlhf_gopo.types import Goal, Trajectory
@@ -88,3 +89,19 @@ def test_common_random_numbers_are_for_training_alone(tmp_path, flags, common):
     generator._dispatch_prompts_to_vllm(["g"], [Goal("g", "refund", "", {"solve": 1.0})], **flags)
     assert [request.common_random_numbers for request in asked] == [common]
     assert len({asked[0].dialogue_seed(sample) for sample in range(4)}) == (1 if common else 4)
+
+
+@pytest.mark.parametrize(("flags", "size"), [({}, 4), ({"probabilities": True}, None)])
+def test_reply_groups_are_for_training_alone(tmp_path, flags, size):
+    asked = []
+
+    class Engine:
+        class generate_responses:
+            remote = staticmethod(lambda **call: asked.append(call["label"]))
+
+    generator = generator_of(tmp_path, engines=[Engine])
+    limits = replace(generator.spec.limits, reply_group=ReplyGroup(4, {"gre": 1.0}))
+    generator.spec = replace(generator.spec, limits=limits)
+    generator._dispatch_prompts_to_vllm(["g"], [Goal("g", "refund", "", {"solve": 1.0})], **flags)
+    group = asked[0].limits.reply_group
+    assert (group and group.size) == size
