@@ -100,7 +100,7 @@ def test_decisions_of_one_model_stand_against_no_sibling():
 )
 def test_what_scores_one_reply_is_taken_out_of_the_return(size, group, rest, monkeypatch):
     monkeypatch.setenv("OPENRLHF_GOPO_CPU", "1")
-    flags = "--gopo.env shop --rollout.n_samples_per_prompt 2 --algo.advantage.estimator group_norm --actor.model_name_or_path m"
+    flags = "--gopo.env shop --rollout.n_samples_per_prompt 2 --algo.advantage.estimator group_norm"
     reward = ["--gopo.responder_reward", "tse=0.5,gre=1,realised=2", "--gopo.reply_group", size]
     spec = rollout_spec(*train_gopo.parse([*flags.split(), *reward]))
     assert spec.limits.reply_group == group
