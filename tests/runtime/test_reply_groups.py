@@ -5,9 +5,12 @@ import pytest
 from openrlhf_gopo.cli import train_gopo
 from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.rollout.sampled import ReplyGroup
-from openrlhf_gopo.runtime.experience_maker import ResponderExperienceMaker
+from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, ResponderExperienceMaker
 from openrlhf_gopo.runtime.launch import rollout_spec
+from openrlhf_gopo.runtime.learner import Learner
 from openrlhf_gopo.runtime.reply_groups import ReplyGroupExperienceMaker
+from openrlhf_gopo.runtime.restarts import Restarts
+from openrlhf_gopo.runtime.roles import make_roles
 from openrlhf_gopo.runtime.samples import DialogueSample
 
 from .test_experience_maker import WEIGHTS, advantages, dialogue, quarantined
@@ -91,6 +94,18 @@ def test_decisions_of_one_model_stand_against_no_sibling():
         assert row == pytest.approx([0.0, own[0] / scale, own[1] / scale, 0.0, own[2] / scale, own[3] / scale])
 
 
+FLAGS = "--gopo.env shop --rollout.n_samples_per_prompt 2 --algo.advantage.estimator group_norm"
+
+
+@pytest.mark.parametrize(("size", "kind"), [("1", ResponderExperienceMaker), ("4", ReplyGroupExperienceMaker)])
+def test_the_responder_alone_learns_from_groups(size, kind, monkeypatch):
+    monkeypatch.setenv("OPENRLHF_GOPO_CPU", "1")
+    args, config = train_gopo.parse([*FLAGS.split(), "--actor.model_name_or_path", "m", "--gopo.reply_group", size])
+    roles = make_roles(args, config)
+    makers = {name: Learner(role, config, 2, None, Restarts(roles)).experience_maker for name, role in roles.items()}
+    assert {name: type(maker) for name, maker in makers.items()} == {EXPERT: ExpertExperienceMaker, RESPONDER: kind}
+
+
 @pytest.mark.parametrize(
     ("size", "group", "rest"),
     [
@@ -100,8 +115,7 @@ def test_decisions_of_one_model_stand_against_no_sibling():
 )
 def test_what_scores_one_reply_is_taken_out_of_the_return(size, group, rest, monkeypatch):
     monkeypatch.setenv("OPENRLHF_GOPO_CPU", "1")
-    flags = "--gopo.env shop --rollout.n_samples_per_prompt 2 --algo.advantage.estimator group_norm"
     reward = ["--gopo.responder_reward", "tse=0.5,gre=1,realised=2", "--gopo.reply_group", size]
-    spec = rollout_spec(*train_gopo.parse([*flags.split(), *reward]))
+    spec = rollout_spec(*train_gopo.parse([*FLAGS.split(), *reward]))
     assert spec.limits.reply_group == group
     assert spec.reward_weights == {EXPERT: {"tse": 1.0}, RESPONDER: rest}
