@@ -134,6 +134,11 @@ class GopoConfig:
         "responder's reward: the whole return at the last token, or what each turn earned at the end of its reply",
         choices=("trajectory", "turn"),
     )
+    reply_group: int = flag(
+        1,
+        "replies drawn at every turn of a training dialogue: one is said, the others' scores (the gre, realised, "
+        "grounded and no_repetition of --gopo.responder_reward) are the baseline of its own; 2 to 16, or 1: off",
+    )
     schedule: str = flag(
         "joint",
         "who learns: both at every step, in turns of --gopo.schedule_steps (the expert first), or one role alone",
@@ -185,6 +190,8 @@ class GopoConfig:
         for name in (*counts, "expert_plan_tokens", "expert_steps", "expert_passes"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--gopo.{name}", value, "give 1 or more")
+        size = self.reply_group
+        _require(1 <= size <= 16, "--gopo.reply_group", size, "give 2 to 16, or 1 to turn it off")
         _require(self.engine_restarts >= 0, "--gopo.engine_restarts", self.engine_restarts, "give 0 or more")
         self.expert_terms  # noqa: B018 - a bad value is an error now
         _require(

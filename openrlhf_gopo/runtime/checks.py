@@ -9,6 +9,7 @@ from openrlhf_gopo.config import GopoConfig, PreferenceConfig
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rewards.joint import parse_weights
+from openrlhf_gopo.rewards.turns import split_weights
 from openrlhf_gopo.runtime.requests import check_determinism
 
 
@@ -24,11 +25,31 @@ def check_flags(args: SimpleNamespace, config: GopoConfig) -> None:
             parse_weights(getattr(config, flag), metrics)
         except ConfigError as error:
             raise ConfigError(f"--gopo.{flag}: {error}") from error
+    if config.reply_group > 1:
+        _check_reply_group(args, config, *split_weights(parse_weights(config.responder_reward, metrics)))
     _check_supported(args, config)
     _check_asynchronous(args)
     _check_lora(args)
     _check_placement(args, config)
     _check_batches(args, config)
+
+
+def _check_reply_group(
+    args: SimpleNamespace, config: GopoConfig, own: dict[str, float], rest: dict[str, float]
+) -> None:
+    """--gopo.reply_group: replies need scores of their own, and what else learns needs something to learn from."""
+    flag, reward = f"--gopo.reply_group {config.reply_group}", f"--gopo.responder_reward {config.responder_reward}"
+    if not own:
+        raise ConfigError(
+            f"{flag}: {reward} has nothing that scores one reply; add gre, realised, grounded or no_repetition"
+        )
+    if not rest and config.policy == "single_level":
+        raise ConfigError(f"{flag}: with {reward} the decisions of single_level earn nothing; add tse or esndcg")
+    if not rest and args.algo.advantage.estimator == "gae":
+        raise ConfigError(
+            f"{flag}: with {reward} a critic has nothing to value; add tse, or use "
+            "--algo.advantage.estimator group_norm"
+        )
 
 
 def gpus_needed(args: SimpleNamespace, config: GopoConfig) -> int:

@@ -546,6 +546,19 @@ def test_a_reward_that_fails_is_found_before_anything_starts(tokenizer, tmp_path
             "--ds.lora.rank 8 --ds.lora.target_modules all-linear",
             r"--ds\.lora\.target_modules all-linear: leave the flag out for all linear layers, or name modules",
         ),
+        ("--gopo.reply_group 17", r"--gopo\.reply_group 17: give 2 to 16, or 1 to turn it off"),
+        (
+            "--gopo.reply_group 4 --gopo.responder_reward tse=1",
+            r"--gopo\.reply_group 4: --gopo\.responder_reward tse=1 has nothing that scores one reply; add gre",
+        ),
+        (
+            "--gopo.reply_group 4 --gopo.responder_reward gre=1 --gopo.policy single_level",
+            r"--gopo\.reply_group 4: with --gopo\.responder_reward gre=1 the decisions of single_level earn nothing",
+        ),
+        (
+            "--gopo.reply_group 4 --gopo.responder_reward gre=1 --algo.advantage.estimator gae",
+            r"--gopo\.reply_group 4: with --gopo\.responder_reward gre=1 a critic has nothing to value; add tse",
+        ),
         ("--algo.kl.target 6", r"--algo\.kl\.target 6\.0: an adaptive KL coefficient is not supported; drop it"),
         ("--ds.packing_samples", r"--ds\.packing_samples True: on CPU this needs flash-attn and so CUDA; remove it"),
         (

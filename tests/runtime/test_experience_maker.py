@@ -85,7 +85,7 @@ def advantages(
     maker._samples = samples
     experiences = []
     for i, sample in enumerate(samples):
-        experience = to_experience(sample, role, 2 if role == EXPERT else 0)
+        experience = to_experience(sample, role, 2)
         shape = experience.action_mask.shape
         experience.index = [i]
         experience.action_log_probs = torch.zeros(shape)
