@@ -79,7 +79,7 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
             "--gopo.pref.reference initial: there is no reference model with --algo.kl.init_coef 0; raise it, or use "
             "--gopo.pref.reference sampler"
         )
-    _check_factors(config)
+    _check_beta(config)
     _check_credit(args, config)
     if args.rollout.n_samples_per_prompt < 2 and config.policy == "two_level":
         raise ConfigError(
@@ -88,18 +88,14 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
         )
 
 
-def _check_factors(config: GopoConfig) -> None:
-    """With m = 0 for all, what is one factor of all coefficients is divided out again."""
+def _check_beta(config: GopoConfig) -> None:
+    """With m = 0 for all, beta is one factor of all coefficients and is divided out again."""
     pref = config.pref
-    if pref.reference != "sampler" or pref.offset > 0:
-        return
-    for name in ("beta", "label_smoothing"):
-        if getattr(pref, name) != getattr(PreferenceConfig, name):
-            raise ConfigError(
-                f"--gopo.pref.{name} {getattr(pref, name)}: changes nothing with --gopo.pref.reference sampler, "
-                "where it is one factor of all advantages, which have unit scale; drop it, or use "
-                "--gopo.pref.reference initial"
-            )
+    if pref.reference == "sampler" and pref.beta != PreferenceConfig.beta:
+        raise ConfigError(
+            f"--gopo.pref.beta {pref.beta}: changes nothing with --gopo.pref.reference sampler, where it is one factor "
+            "of all advantages, which have unit scale; drop it, or use --gopo.pref.reference initial"
+        )
 
 
 def _check_asynchronous(args: SimpleNamespace) -> None:
