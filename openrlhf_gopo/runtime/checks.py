@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-from openrlhf_gopo.config import GopoConfig, PreferenceConfig
+from openrlhf_gopo.config import EXPERT, GopoConfig, PreferenceConfig
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rewards.joint import parse_weights
@@ -48,6 +48,14 @@ def gpus_needed(args: SimpleNamespace, config: GopoConfig) -> int:
         actor += args.expert.num_nodes * args.expert.num_gpus_per_node
         reference *= 2
     return actor + reference + critic + engines
+
+
+def batches_of(args: SimpleNamespace, role: str, config: GopoConfig) -> tuple[int, int]:
+    """Dialogues of one optimizer step of ``role``, and its passes over a rollout."""
+    if role != EXPERT or config.expert_steps is None:
+        return args.train.batch_size, args.train.max_epochs
+    dialogues = args.rollout.batch_size * args.rollout.n_samples_per_prompt
+    return dialogues * config.expert_passes // config.expert_steps, config.expert_passes
 
 
 def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
