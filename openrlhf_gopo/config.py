@@ -33,16 +33,8 @@ CREDIT_TERMS = ("preference", "decision_preference", "q", "group", "critic")
 class PreferenceConfig:
     """``--gopo.pref.*``: the expert's trajectory-level preference loss (ours, see ``core.preference``)."""
 
-    pairing: str = flag(
-        "all", "which pairs of a group are compared", choices=("all", "best_worst", "adjacent", "listwise")
-    )
-    beta: float = flag(1.0, "sharpness of the preference: x = beta (m_w - m_l) - offset (R_w - R_l)")
-    weights: str = flag("sum", "turn weights w_t of m(tau)", choices=("sum", "mean", "dmpo"))
-    discount: float = flag(0.95, "discount g of the dmpo turn weights, in (0, 1)")
-    margin: float = flag(0.0, "a pair counts only when its returns differ by more than this")
-    label_smoothing: float = flag(0.0, "epsilon in [0, 0.5): probability that a preference is wrong")
-    offset: float = flag(0.0, "delta >= 0: required log-ratio gap per unit of return gap")
-    gap_weight: float = flag(0.0, "g >= 0: a pair weighs (R_w - R_l)^g; 0: all pairs alike")
+    beta: float = flag(1.0, "sharpness of the preference: L = -log sigmoid(beta (m_w - m_l))")
+    weights: str = flag("sum", "turn weights w_t of m(tau): 1, or 1/T", choices=("sum", "mean"))
     reference: str = flag(
         "sampler", "reference policy inside m(tau): the initial model or the sampler", choices=("sampler", "initial")
     )
@@ -50,22 +42,6 @@ class PreferenceConfig:
     def __post_init__(self) -> None:
         _check_values(self, "gopo.pref")
         _require(self.beta > 0, "--gopo.pref.beta", self.beta, "give a positive number")
-        _require(0 < self.discount < 1, "--gopo.pref.discount", self.discount, "give a number in (0, 1)")
-        _require(self.margin >= 0, "--gopo.pref.margin", self.margin, "give 0 or more")
-        _require(0 <= self.label_smoothing < 0.5, "--gopo.pref.label_smoothing", self.label_smoothing, "use [0, 0.5)")
-        _require(self.offset >= 0, "--gopo.pref.offset", self.offset, "give 0 or more")
-        _require(self.gap_weight >= 0, "--gopo.pref.gap_weight", self.gap_weight, "give 0 or more")
-        for name in ("offset", "label_smoothing", "gap_weight") if self.pairing == "listwise" else ():
-            value = getattr(self, name)
-            _require(
-                value == 0, f"--gopo.pref.{name}", value, "belongs to pairs, --gopo.pref.pairing listwise has none"
-            )
-
-    @property
-    def loss_options(self) -> dict[str, Any]:
-        """The keyword arguments of ``core.preference.preference_coefficients``."""
-        names = ("pairing", "beta", "margin", "label_smoothing", "offset", "gap_weight")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

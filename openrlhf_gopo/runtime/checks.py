@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-from openrlhf_gopo.config import GopoConfig, PreferenceConfig
+from openrlhf_gopo.config import EXPERT, GopoConfig, PreferenceConfig
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rewards.joint import parse_weights
@@ -71,6 +71,14 @@ def gpus_needed(args: SimpleNamespace, config: GopoConfig) -> int:
     return actor + reference + critic + engines
 
 
+def batches_of(args: SimpleNamespace, role: str, config: GopoConfig) -> tuple[int, int]:
+    """Dialogues of one optimizer step of ``role``, and its passes over a rollout."""
+    if role != EXPERT or config.expert_steps is None:
+        return args.train.batch_size, args.train.max_epochs
+    dialogues = args.rollout.batch_size * args.rollout.n_samples_per_prompt
+    return dialogues * config.expert_passes // config.expert_steps, config.expert_passes
+
+
 def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
     unsupported = {
         "--ds.ring_attn_size": (args.ds.ring_attn_size > 1, "the expert's decisions are not sliced over a ring"),
@@ -100,7 +108,7 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
             "--gopo.pref.reference initial: there is no reference model with --algo.kl.init_coef 0; raise it, or use "
             "--gopo.pref.reference sampler"
         )
-    _check_factors(config)
+    _check_beta(config)
     _check_credit(args, config)
     if args.rollout.n_samples_per_prompt < 2 and config.policy == "two_level":
         raise ConfigError(
@@ -109,18 +117,14 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
         )
 
 
-def _check_factors(config: GopoConfig) -> None:
-    """With m = 0 for all, what is one factor of all coefficients is divided out again."""
+def _check_beta(config: GopoConfig) -> None:
+    """With m = 0 for all, beta is one factor of all coefficients and is divided out again."""
     pref = config.pref
-    if pref.reference != "sampler" or pref.offset > 0:
-        return
-    for name in ("beta", "label_smoothing"):
-        if getattr(pref, name) != getattr(PreferenceConfig, name):
-            raise ConfigError(
-                f"--gopo.pref.{name} {getattr(pref, name)}: changes nothing with --gopo.pref.reference sampler, "
-                "where it is one factor of all advantages, which have unit scale; drop it, or use "
-                "--gopo.pref.reference initial"
-            )
+    if pref.reference == "sampler" and pref.beta != PreferenceConfig.beta:
+        raise ConfigError(
+            f"--gopo.pref.beta {pref.beta}: changes nothing with --gopo.pref.reference sampler, where it is one factor "
+            "of all advantages, which have unit scale; drop it, or use --gopo.pref.reference initial"
+        )
 
 
 def _check_asynchronous(args: SimpleNamespace) -> None:

@@ -13,7 +13,7 @@ from openrlhf_gopo.errors import DialogueError
 from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play
 from openrlhf_gopo.policy.two_level import TwoLevelPolicy
 from openrlhf_gopo.runtime import memory
-from openrlhf_gopo.runtime.checks import gpus_needed
+from openrlhf_gopo.runtime.checks import batches_of, gpus_needed
 from openrlhf_gopo.runtime.requests import build_policy, policy_spec
 from openrlhf_gopo.types import StopReason
 
@@ -40,17 +40,17 @@ def _batches(args: SimpleNamespace, config: GopoConfig, goals: int) -> list[str]
     """Goals, dialogues, optimizer steps and micro-batches of one training step and of the whole run."""
     size, k = args.rollout.batch_size, args.rollout.n_samples_per_prompt
     steps = goals // size * args.train.num_episodes
-    updates = size * k // args.train.batch_size * args.train.max_epochs
     lines = [
         f"a step: {size} goals x {k} dialogues = {size * k}; {steps} steps in {args.train.num_episodes} pass(es) over "
         f"{goals} goals"
     ]
     for role in config.roles if config.own_expert else (RESPONDER,):
         where = args.expert if role == EXPERT else args.actor
+        dialogues, passes = batches_of(args, role, config)
         ranks = where.num_nodes * where.num_gpus_per_node // args.ds.tensor_parallel_size
         micro = "by tokens" if args.train.dynamic_batch_enable else args.train.micro_batch_size
         lines.append(
-            f"  {role}: {updates} optimizer step(s) of {args.train.batch_size} dialogues on {ranks} rank(s), "
+            f"  {role}: {size * k // dialogues * passes} optimizer step(s) of {dialogues} dialogues on {ranks} rank(s), "
             f"micro-batch {micro}, lr {where.adam.lr:g}"
         )
     return lines

@@ -24,30 +24,6 @@ from openrlhf_gopo.runtime.models import RolePPOTrainer
 MEMORY = 8  # rollouts whose decisions Q is fitted to
 
 
-class PolicyAndQLoss:
-    """Upstream's policy loss plus ``weight`` times the term, averaged over actions as upstream averages.
-
-    ``actor``: whose last forward pass, inside ``choosing``, gave the log-probabilities of all labels.
-    """
-
-    def __init__(self, policy_loss: Any, actor: Any, weight: float, clip: tuple[float, float]) -> None:
-        self.policy_loss, self.actor, self.weight, self.clip = policy_loss, actor, weight, clip
-        self.token_level_loss = policy_loss.token_level_loss
-
-    def __call__(self, log_probs: torch.Tensor, *args: Any, action_mask: torch.Tensor, **options: Any) -> tuple:
-        loss, *rest = self.policy_loss(log_probs, *args, action_mask=action_mask, **options)
-        inputs = self.actor.inputs
-        if not len(inputs.get("q_advantages", ())):
-            return loss, *rest
-        valid = inputs["allowed"] != PAD
-        old, advantages = inputs["q_logprobs"], inputs["q_advantages"]
-        each = q_surrogate(self.actor.label_logprobs, old, advantages, valid, self.clip)
-        mask = action_mask.bool()
-        spread = each.new_zeros(mask.shape).masked_scatter(mask, each)
-        info = {name: options[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size") if name in options}
-        return loss + self.weight * aggregate_loss(spread, mask, self.token_level_loss, **info), *rest
-
-
 class QCreditTrainer(RolePPOTrainer):
     """The expert's optimizer with the term ``q`` of weight ``args.q_weight`` in its loss.
 
@@ -57,41 +33,46 @@ class QCreditTrainer(RolePPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.add_term()
+
+    def add_term(self) -> None:
+        """Put the term into the loss; nothing is remembered yet."""
         self.memory: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        bounds = tuple(self.args.actor.eps_clip_low_high)
-        self.actor_loss_fn = PolicyAndQLoss(self.actor_loss_fn, self.actor, self.args.q_weight, bounds)
+        self.actor_loss_fn = LossWithQ(self.actor_loss_fn, self.actor, self.args)
 
     def ppo_train(self, kl_ctl: float) -> dict[str, Any]:
         """Upstream's loop, after Q has been fitted; its metrics with ``q_r2`` and ``q_fit_r2`` (``core.q.explained``):
-        of this rollout before Q has seen it, and after."""
-        metrics = self._judge(self.replay_buffer.items)
+        of this rollout before Q has seen it, and after. Replies of a model in both roles are no decisions."""
+        metrics = self._judge([item for item in self.replay_buffer.items if "togo" in item.mm_train_inputs[0]])
         return {**super().ppo_train(kl_ctl), **metrics}
 
     @torch.no_grad()
     def _judge(self, items: list[Experience]) -> dict[str, float]:
         """Give every decision of ``items`` its advantages and old log-probabilities, (N, L) each."""
+        if not items:
+            return {}
         found = self._states(items)
         rows = [_rows(item, hidden, logprobs) for item, (hidden, logprobs) in zip(items, found, strict=True)]
         mine = tuple(torch.cat(part) for part in zip(*rows, strict=True))
         everyone = self._gather(mine)
-        metrics = {}
-        if len(everyone[0]) == 0:
-            return metrics
         hidden, chosen, togo = everyone
+        metrics: dict[str, float] = {}
+        if len(togo) == 0:
+            return metrics
         if self.memory:
             before = fit_q(*map(torch.cat, zip(*self.memory, strict=True))).values(hidden, chosen.unsqueeze(1))
             metrics["q_r2"] = explained(before.squeeze(1), togo)
         self.memory = [*self.memory, everyone][-MEMORY:]
         q = fit_q(*map(torch.cat, zip(*self.memory, strict=True)))
         metrics["q_fit_r2"] = explained(q.values(hidden, chosen.unsqueeze(1)).squeeze(1), togo)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros(1, dtype=torch.float64)
         for item, (states, logprobs) in zip(items, found, strict=True):
             inputs = item.mm_train_inputs[0]
             valid = inputs["allowed"] != PAD
             advantages = q_advantages(q.values(states, inputs["allowed"]), logprobs, valid)
             total += mean_square(advantages, logprobs, valid)
             inputs["q_advantages"], inputs["q_logprobs"] = advantages, logprobs.float()
-        scale = (self.strategy.all_reduce(float(total), op="sum") / len(togo)) ** 0.5
+        scale = float(self._gather((total,))[0].sum() / len(togo)) ** 0.5
         for item in items:
             inputs = item.mm_train_inputs[0]
             inputs["q_advantages"] = (inputs["q_advantages"] / max(scale, 1e-12)).float()
@@ -128,6 +109,28 @@ class QCreditTrainer(RolePPOTrainer):
         """Read them back; a checkpoint from before the term was used has none."""
         if path.is_file():
             self.memory = torch.load(path, weights_only=True)
+
+
+class LossWithQ:
+    """Upstream's policy loss plus the term of weight ``args.q_weight``, averaged over actions as upstream averages."""
+
+    def __init__(self, policy_loss: Any, actor: Any, args: Any) -> None:
+        self.policy_loss, self.actor, self.weight = policy_loss, actor, args.q_weight
+        self.clip = tuple(args.actor.eps_clip_low_high)
+        self.token_level_loss: bool = policy_loss.token_level_loss
+
+    def __call__(self, log_probs: torch.Tensor, *args: Any, action_mask: torch.Tensor, **options: Any) -> tuple:
+        loss, *rest = self.policy_loss(log_probs, *args, action_mask=action_mask, **options)
+        inputs = self.actor.inputs
+        if not len(inputs.get("q_advantages", ())):
+            return loss, *rest
+        valid = inputs["allowed"] != PAD
+        logprobs = self.actor.label_logprobs
+        each = q_surrogate(logprobs, inputs["q_logprobs"], inputs["q_advantages"], valid, self.clip)
+        mask = action_mask.bool()
+        spread = each.new_zeros(mask.shape).masked_scatter(mask, each)
+        info = {k: options[k] for k in ("dp_size", "batch_num_tokens", "global_batch_size") if k in options}
+        return loss + self.weight * aggregate_loss(spread, mask, self.token_level_loss, **info), *rest
 
 
 def _rows(item: Experience, hidden: torch.Tensor, logprobs: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -16,6 +16,7 @@ from openrlhf.utils.deepspeed import DeepspeedStrategy
 
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.errors import CheckpointError
+from openrlhf_gopo.runtime.checks import batches_of
 from openrlhf_gopo.runtime.checkpoints.random_states import random_states, restore_random_states
 
 
@@ -82,10 +83,7 @@ def role_args(args: SimpleNamespace, role: str, config: GopoConfig) -> SimpleNam
             own.actor.entropy_coef = 0.0
         own.vllm.num_engines = config.expert_num_engines or args.vllm.num_engines
         own.vllm.gpu_memory_utilization = config.expert_gpu_memory_utilization or args.vllm.gpu_memory_utilization
-        if config.expert_steps is not None:
-            dialogues = args.rollout.batch_size * args.rollout.n_samples_per_prompt
-            own.train.max_epochs = config.expert_passes
-            own.train.batch_size = dialogues * config.expert_passes // config.expert_steps
+        own.train.batch_size, own.train.max_epochs = batches_of(args, role, config)
     # One model in both roles is the responder's, and learns as the expert too.
     own.q_weight = config.expert_terms.get("q", 0.0) if role == EXPERT or config.sharing == "shared" else 0.0
     own.ckpt.path = os.path.join(args.ckpt.path, role)
