@@ -27,12 +27,12 @@ class _RolePolicy(ppo_actor.PolicyModelActor.__ray_metadata__.modified_class):
 
     def save_checkpoint(self, tag: str, *args: Any, **kwargs: Any) -> None:
         super().save_checkpoint(tag, *args, **kwargs)
-        if isinstance(self.trainer, QCreditTrainer) and not self.disable_ds_ckpt:
+        if isinstance(self.trainer, QCreditTrainer) and not self.disable_ds_ckpt and self.strategy.is_rank_0():
             self.trainer.save_memory(self._memory_file(tag))
 
     def _memory_file(self, tag: str) -> Path:
-        """What Q was fitted to, in the folder of a checkpoint; every rank has all of it."""
-        return Path(self.strategy.args.ckpt.path, "_actor", tag, f"q_rank{self.strategy.get_rank()}.pt")
+        """What Q was fitted to, in the folder of a checkpoint: one file, as every rank has all of it."""
+        return Path(self.strategy.args.ckpt.path, "_actor", tag, "q_memory.pt")
 
     def forward(self, *args: Any, mm_train_inputs_list: list | None = None, **kwargs: Any) -> torch.Tensor:
         with self.actor.choosing(mm_train_inputs_list):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -233,28 +234,29 @@ def _check_same_gpus(args: SimpleNamespace, config: GopoConfig, roles: dict[str,
 
 
 def _check_steps(args: SimpleNamespace, config: GopoConfig) -> None:
-    """``--gopo.expert_steps`` cuts the expert's passes over a rollout into equal optimizer steps."""
+    """``--gopo.expert_steps`` cuts the passes of the expert, and of its critic, into equal optimizer steps."""
     steps, passes = config.expert_steps, config.expert_passes
     if steps is None:
         return
     given = f"--gopo.expert_steps {steps}"
     if config.sharing == "shared":
-        raise ConfigError(f"{given}: one model in both roles takes its steps for both; leave it out")
+        raise ConfigError(f"{given}: with --gopo.sharing shared one model takes its steps for both roles; leave it out")
     if args.train.dynamic_batch_enable:
         raise ConfigError(f"{given}: not with --train.dynamic_batch_enable, which cuts batches by tokens; drop one")
     dialogues = args.rollout.batch_size * args.rollout.n_samples_per_prompt
-    ranks = max(args.expert.num_nodes * args.expert.num_gpus_per_node // args.ds.tensor_parallel_size, 1)
+    groups = [args.expert, *([args.critic] if config.expert_has_critic else [])]
+    ranks = math.lcm(*(g.num_nodes * g.num_gpus_per_node // args.ds.tensor_parallel_size for g in groups))
     unit = args.train.micro_batch_size * ranks
-    if dialogues * passes % steps or dialogues * passes // steps % unit or steps % passes:
-        fitting = [n * passes for n in range(1, dialogues + 1) if dialogues % n == 0 and dialogues // n % unit == 0]
+    fitting = [n * passes for n in range(1, dialogues + 1) if dialogues % n == 0 and dialogues // n % unit == 0]
+    if steps not in fitting:
         raise ConfigError(
             f"{given}: --gopo.expert_passes {passes} over the {dialogues} dialogues of a rollout cannot be cut into as "
-            f"many equal steps of whole micro-batches ({unit} dialogues over all ranks); use one of {fitting}"
+            f"many equal steps of whole micro-batches ({unit} dialogues over all ranks); "
+            + (f"use one of {fitting}" if fitting else "lower --train.micro_batch_size")
         )
 
 
 def _check_batches(args: SimpleNamespace, config: GopoConfig) -> None:
-    _check_steps(args, config)
     samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
     if samples % args.train.batch_size:
         raise ConfigError(
@@ -275,7 +277,8 @@ def _check_batches(args: SimpleNamespace, config: GopoConfig) -> None:
                 f"--rollout.batch_size {args.rollout.batch_size}: goals do not divide over the {ranks} ranks of "
                 f"--{name}.*; a group must stay whole on one rank"
             )
-        if args.train.batch_size % ranks:
+        steps_of_its_own = name == EXPERT and config.expert_steps is not None
+        if args.train.batch_size % ranks and not steps_of_its_own:
             raise ConfigError(
                 f"--train.batch_size {args.train.batch_size}: does not divide over the {ranks} ranks of --{name}.*; "
                 "the rest would never be trained on"
@@ -289,8 +292,9 @@ def _check_batches(args: SimpleNamespace, config: GopoConfig) -> None:
                         f"--{flag}.micro_batch_size {micro}: does not divide the {local} dialogues of a rank of "
                         f"--{name}.*; choose a divisor"
                     )
-            if args.train.batch_size % (args.train.micro_batch_size * ranks):
+            if args.train.batch_size % (args.train.micro_batch_size * ranks) and not steps_of_its_own:
                 raise ConfigError(
                     f"--train.batch_size {args.train.batch_size}: is not a multiple of --train.micro_batch_size "
                     f"{args.train.micro_batch_size} x {ranks} ranks of --{name}.*"
                 )
+    _check_steps(args, config)

@@ -8,134 +8,179 @@ policy loss, in upstream's own normalisation.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from openrlhf.models.loss import aggregate_loss
+from openrlhf.models import PolicyLoss, aggregate_loss
 from openrlhf.trainer.ppo_utils.experience import Experience, make_experience_batch
-from openrlhf.utils.loss_utils import _get_dp_group
 
 from openrlhf_gopo.core.categorical import PAD
-from openrlhf_gopo.core.q import explained, fit_q, mean_square, q_advantages, q_surrogate
-from openrlhf_gopo.runtime.models import RolePPOTrainer
+from openrlhf_gopo.core.q import QFit, advantages, explained_variance, fit, surrogate
+from openrlhf_gopo.runtime.models import RoleActor, RolePPOTrainer, substituted
 
 MEMORY = 8  # rollouts whose decisions Q is fitted to
+
+
+@dataclass
+class Decisions:
+    """Decisions of a rollout: ``states`` (N, d) float32, ``chosen`` (N,) token ids, ``togo`` (N,) returns to go."""
+
+    states: torch.Tensor
+    chosen: torch.Tensor
+    togo: torch.Tensor
+
+    def fitted(self) -> QFit:
+        """Q of these decisions."""
+        return fit(self.states, self.chosen, self.togo)
+
+    def explained(self, q: QFit) -> float | None:
+        """Share of the variance of the returns to go that ``q`` explains; None where they do not vary."""
+        return explained_variance(q.values(self.states, self.chosen.unsqueeze(-1)).squeeze(-1), self.togo)
 
 
 class QCreditTrainer(RolePPOTrainer):
     """The expert's optimizer with the term ``q`` of weight ``args.q_weight`` in its loss.
 
-    ``memory``: of each of the last rollouts the hidden states (N, d), chosen labels (N,) and returns to go (N,) of all
-    data-parallel ranks. The samples carry ``togo`` (N,) in ``Experience.mm_train_inputs``.
+    The samples bring the return to go of each action's decision, ``togo`` (N,), in ``Experience.mm_train_inputs``.
+    Those of a shared model's other role bring none, and are trained on as upstream does.
+
+    ``memory``: the decisions of the last rollouts, of all data-parallel ranks, so that every rank fits the same Q.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.add_term()
-
-    def add_term(self) -> None:
-        """Put the term into the loss; nothing is remembered yet."""
-        self.memory: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self.actor_loss_fn = LossWithQ(self.actor_loss_fn, self.actor, self.args)
+    memory: tuple[Decisions, ...] = ()
+    _fitted: QFit | None = None  # to ``memory``; None also after a restart
 
     def ppo_train(self, kl_ctl: float) -> dict[str, Any]:
-        """Upstream's loop, after Q has been fitted; its metrics with ``q_r2`` and ``q_fit_r2`` (``core.q.explained``):
-        of this rollout before Q has seen it, and after. Replies of a model in both roles are no decisions."""
-        metrics = self._judge([item for item in self.replay_buffer.items if "togo" in item.mm_train_inputs[0]])
-        return {**super().ppo_train(kl_ctl), **metrics}
+        """Upstream's loop, after Q has been fitted; its metrics and those of ``_credit``, and ``q_loss``, the mean of
+        the term's loss over decisions and steps."""
+        self._loss = QLoss(self.actor_loss_fn, self.actor, self.args.q_weight)
+        metrics = self._credit(self.replay_buffer.items)
+        status = super().ppo_train(kl_ctl)
+        if metrics:
+            sums = self.strategy.all_reduce({"loss": self._loss.total, "decisions": self._loss.decisions}, op="sum")
+            metrics["q_loss"] = sums["loss"] / max(sums["decisions"], 1.0)
+        return status | metrics
+
+    def training_step(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Upstream's step with the term in its policy loss."""
+        with substituted(self, actor_loss_fn=self._loss):
+            return super().training_step(*args, **kwargs)
 
     @torch.no_grad()
-    def _judge(self, items: list[Experience]) -> dict[str, float]:
-        """Give every decision of ``items`` its advantages and old log-probabilities, (N, L) each."""
-        if not items:
-            return {}
-        found = self._states(items)
-        rows = [_rows(item, hidden, logprobs) for item, (hidden, logprobs) in zip(items, found, strict=True)]
-        mine = tuple(torch.cat(part) for part in zip(*rows, strict=True))
-        everyone = self._gather(mine)
-        hidden, chosen, togo = everyone
-        metrics: dict[str, float] = {}
-        if len(togo) == 0:
-            return metrics
-        if self.memory:
-            before = fit_q(*map(torch.cat, zip(*self.memory, strict=True))).values(hidden, chosen.unsqueeze(1))
-            metrics["q_r2"] = explained(before.squeeze(1), togo)
-        self.memory = [*self.memory, everyone][-MEMORY:]
-        q = fit_q(*map(torch.cat, zip(*self.memory, strict=True)))
-        metrics["q_fit_r2"] = explained(q.values(hidden, chosen.unsqueeze(1)).squeeze(1), togo)
-        total = torch.zeros(1, dtype=torch.float64)
-        for item, (states, logprobs) in zip(items, found, strict=True):
-            inputs = item.mm_train_inputs[0]
-            valid = inputs["allowed"] != PAD
-            advantages = q_advantages(q.values(states, inputs["allowed"]), logprobs, valid)
-            total += mean_square(advantages, logprobs, valid)
-            inputs["q_advantages"], inputs["q_logprobs"] = advantages, logprobs.float()
-        scale = float(self._gather((total,))[0].sum() / len(togo)) ** 0.5
-        for item in items:
-            inputs = item.mm_train_inputs[0]
-            inputs["q_advantages"] = (inputs["q_advantages"] / max(scale, 1e-12)).float()
-        return metrics
+    def _credit(self, items: list[Experience]) -> dict[str, float]:
+        """Fit Q with these dialogues in ``memory`` and give them ``q_advantages`` and ``q_logprobs``, (N, L) each.
 
-    def _states(self, items: list[Experience]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Hidden states (N, d) and label log-probabilities (N, L) of the actions of each item, on the CPU."""
+        Returns:
+            ``q_r2`` and ``q_fit_r2``: the share of the variance of these returns to go that Q explains, before it has
+            seen them (from the second rollout on) and after. Empty where nothing was decided.
+        """
+        if not items or "togo" not in items[0].mm_train_inputs[0]:
+            return {}
+        states, logprobs = self._forward(items)
+        given = [item.mm_train_inputs[0] for item in items]
+        allowed = torch.cat([inputs["allowed"] for inputs in given]).to(states.device)
+        valid = allowed != PAD
+        decision = valid.any(dim=-1)
+        chosen = torch.cat([_action_tokens(item) for item in items]).to(states.device)
+        togo = torch.cat([inputs["togo"] for inputs in given]).to(states.device)
+        mine = [rows[decision] for rows in (states.float(), chosen, togo.float())]
+        found = Decisions(*(self._gather(rows) for rows in mine))
+        if not len(found.togo):
+            return {}
+        metrics = {"q_r2": found.explained(self._fit(states.device)) if self.memory else None}
+        self.memory = (*self.memory, _to(found, "cpu"))[-MEMORY:]
+        self._fitted = None
+        q = self._fit(states.device)
+        metrics["q_fit_r2"] = found.explained(q)
+        credit = advantages(q.values(states, allowed), logprobs, valid, everywhere=self._gather)
+        rows = [len(inputs["allowed"]) for inputs in given]
+        parts = zip(items, credit.to(logprobs.dtype).cpu().split(rows), logprobs.cpu().split(rows), strict=True)
+        for item, own, old in parts:
+            item.mm_train_inputs = [{**item.mm_train_inputs[0], "q_advantages": own, "q_logprobs": old}]
+        return {name: value for name, value in metrics.items() if value is not None}
+
+    def _fit(self, device: torch.device) -> QFit:
+        if self._fitted is None:
+            parts = zip(*([getattr(one, f.name) for f in fields(one)] for one in self.memory), strict=True)
+            self._fitted = Decisions(*(torch.cat(part).to(device) for part in parts)).fitted()
+        return self._fitted
+
+    def _forward(self, items: list[Experience]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (N, d) and label log-probabilities (N, L) of all actions, in order, at the current weights."""
         self.actor.eval()  # training_step switches back
-        size, found = self.replay_buffer.sample_batch_size, []
+        size, states, logprobs = self.replay_buffer.sample_batch_size, [], []
         for start in range(0, len(items), size):
-            chunk = items[start : start + size]
-            batch = make_experience_batch(chunk).to_device(torch.cuda.current_device())
-            counts = [int(item.action_mask.sum()) for item in chunk]
+            batch = make_experience_batch(items[start : start + size]).to_device(torch.cuda.current_device())
             with self.actor.choosing(batch.mm_train_inputs):
                 self.actor(batch.sequences, batch.action_mask, batch.attention_mask)
-                hidden, logprobs = self.actor.states.float().cpu(), self.actor.label_logprobs.float().cpu()
-            found += zip(hidden.split(counts), logprobs.split(counts), strict=True)
-        return found
+                states.append(self.actor.states)
+                logprobs.append(self.actor.label_logprobs)
+        return torch.cat(states), torch.cat(logprobs)
 
-    def _gather(self, mine: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """The rows of all data-parallel ranks, in the order of ranks."""
-        group = _get_dp_group(self.strategy)
-        if not dist.is_initialized() or dist.get_world_size(group) == 1:
-            return mine
-        parts: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(parts, mine, group=group)
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of all data-parallel ranks in their order, (N, ...) of any N each. Copies of a rank's model hold the
+        same dialogues and are in none of its groups."""
+        mesh = getattr(self.strategy, "ds_device_mesh", None)
+        if mesh is None:
+            return rows
+        group = mesh["dp"].get_group()
+        sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device), group=group)
+        counts = [int(size) for size in sizes]
+        if not any(counts):
+            return rows
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def save_memory(self, path: Path) -> None:
         """Write the decisions of the last rollouts."""
-        torch.save(self.memory, path)
+        torch.save([vars(one) for one in self.memory], path)
 
     def load_memory(self, path: Path) -> None:
         """Read them back; a checkpoint from before the term was used has none."""
         if path.is_file():
-            self.memory = torch.load(path, weights_only=True)
+            self.memory = tuple(Decisions(**one) for one in torch.load(path, weights_only=True, map_location="cpu"))
+            self._fitted = None
 
 
-class LossWithQ:
-    """Upstream's policy loss plus the term of weight ``args.q_weight``, averaged over actions as upstream averages."""
+class QLoss:
+    """Upstream's policy loss plus ``weight`` times the term, averaged over actions as upstream averages.
 
-    def __init__(self, policy_loss: Any, actor: Any, args: Any) -> None:
-        self.policy_loss, self.actor, self.weight = policy_loss, actor, args.q_weight
-        self.clip = tuple(args.actor.eps_clip_low_high)
-        self.token_level_loss: bool = policy_loss.token_level_loss
+    ``total`` and ``decisions``: sum of the term over the decisions seen so far, and their number.
+    """
 
-    def __call__(self, log_probs: torch.Tensor, *args: Any, action_mask: torch.Tensor, **options: Any) -> tuple:
-        loss, *rest = self.policy_loss(log_probs, *args, action_mask=action_mask, **options)
+    def __init__(self, policy_loss: PolicyLoss, actor: RoleActor, weight: float) -> None:
+        self.policy_loss, self.actor, self.weight = policy_loss, actor, weight
+        self.token_level_loss = policy_loss.token_level_loss
+        self.total = self.decisions = 0.0
+
+    def __call__(self, *args: Any, action_mask: torch.Tensor, **options: Any) -> tuple:
+        """Upstream's arguments and results, after the actor's forward pass and inside its ``choosing``."""
+        loss, *rest = self.policy_loss(*args, action_mask=action_mask, **options)
         inputs = self.actor.inputs
-        if not len(inputs.get("q_advantages", ())):
+        if "q_advantages" not in inputs:
             return loss, *rest
         valid = inputs["allowed"] != PAD
-        logprobs = self.actor.label_logprobs
-        each = q_surrogate(logprobs, inputs["q_logprobs"], inputs["q_advantages"], valid, self.clip)
-        mask = action_mask.bool()
-        spread = each.new_zeros(mask.shape).masked_scatter(mask, each)
-        info = {k: options[k] for k in ("dp_size", "batch_num_tokens", "global_batch_size") if k in options}
-        return loss + self.weight * aggregate_loss(spread, mask, self.token_level_loss, **info), *rest
+        clip = self.policy_loss.clip_eps_low, self.policy_loss.clip_eps_high
+        each = surrogate(self.actor.label_logprobs, inputs["q_logprobs"], inputs["q_advantages"], valid, *clip)
+        self.total += float(each.detach().sum())
+        self.decisions += float(valid.any(dim=-1).sum())
+        spread = each.new_zeros(action_mask.shape).index_put(action_mask.nonzero(as_tuple=True), each)
+        norm = {name: options[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
+        return loss + self.weight * aggregate_loss(spread, action_mask, self.token_level_loss, **norm), *rest
 
 
-def _rows(item: Experience, hidden: torch.Tensor, logprobs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Hidden state, chosen label and return to go of the decisions of one sample; words of plans are none."""
-    inputs, mask = item.mm_train_inputs[0], item.action_mask.bool()
-    decision = (inputs["allowed"] != PAD).any(dim=1)
-    columns = mask.nonzero().flatten() + len(item.sequences) - len(mask)
-    return hidden[decision], item.sequences[columns][decision].cpu(), inputs["togo"][decision].double()
+def _action_tokens(item: Experience) -> torch.Tensor:
+    """The token of each action of one sample, (N,)."""
+    places = item.action_mask.nonzero().flatten() + len(item.sequences) - len(item.action_mask)
+    return item.sequences[places]
+
+
+def _to(decisions: Decisions, device: str) -> Decisions:
+    return Decisions(*(rows.to(device) for rows in vars(decisions).values()))

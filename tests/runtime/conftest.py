@@ -51,10 +51,10 @@ def one_process():
     return _one_process
 
 
-def _one_process(cls, actor, *, preference=None, accumulated_gradient=1, epochs=1, batch_size=2):
+def _one_process(cls, actor, *, q_weight=0.0, accumulated_gradient=1, epochs=1, batch_size=2):
     """Upstream's constructor opens the weight-sync group, so what its training loop needs is put in place here."""
     args = SimpleNamespace(
-        preference=preference,
+        q_weight=q_weight,
         train=SimpleNamespace(max_epochs=epochs, dynamic_batch_enable=False, enable_ema=False),
         ds=SimpleNamespace(packing_samples=False, tensor_parallel_size=1),
         actor=SimpleNamespace(entropy_coef=None, aux_loss_coef=0),

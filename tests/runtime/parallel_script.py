@@ -101,7 +101,7 @@ def partitioned(strategy: Any) -> Any:
 
 def experience(dialogue: dict[str, torch.Tensor]) -> Experience:
     """One dialogue as upstream's buffer takes it; see test_parallel.py for the tensors."""
-    rows = {name: tensor.unsqueeze(0) for name, tensor in dialogue.items() if name != "allowed"}
+    rows = {name: tensor.unsqueeze(0) for name, tensor in dialogue.items()}
     return Experience(
         sequences=rows["tokens"],
         attention_mask=torch.ones_like(rows["tokens"]),
@@ -109,7 +109,7 @@ def experience(dialogue: dict[str, torch.Tensor]) -> Experience:
         action_log_probs=rows["sampled"],
         rollout_log_probs=rows["sampled"],
         advantages=rows["advantages"],
-        mm_train_inputs=[{"allowed": dialogue["allowed"]}],
+        mm_train_inputs=[{name: dialogue[name] for name in ("allowed", "togo")}],
         total_length=torch.tensor([float(rows["tokens"].shape[1])]),
         info={},
     )

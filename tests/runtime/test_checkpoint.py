@@ -39,6 +39,7 @@ CASES = {
     "zero2": FLAGS | {"--ds.zero_stage": "2"},
     "zero3": FLAGS | {"--ds.zero_stage": "3"},
     "lora": FLAGS | {"--ds.zero_stage": "2", "--ds.lora.rank": "4", "--ds.lora.dropout": "0.3"},
+    "q": FLAGS | {"--ds.zero_stage": "3", "--gopo.sharing": "shared", "--gopo.expert_credit": "q=1"},
     "critic": FLAGS | {"--ds.zero_stage": "2", "--algo.advantage.estimator": "gae"},
 }
 
@@ -61,7 +62,8 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.skipif(not platform.is_cpu(), reason="there is a GPU")
 @pytest.mark.parametrize("case", CASES)
 def test_a_model_goes_on_to_the_last_bit(saved, case):
-    """Weights, optimizer, scheduler, the order of samples and dropout's noise: of the same draws, on two ranks."""
+    """Weights, optimizer, scheduler, the order of samples, dropout's noise and what Q is fitted to: of the same draws,
+    on two ranks."""
     result = saved[case]
     assert not equal(result["first"], result["second"])
     assert equal(result["at_start"], result["first"])

@@ -72,6 +72,11 @@ for stage in (2, 3):
     CASES[2][f"zero {stage} clipped"] = case(stage, 2, max_norm="1")
     CASES[2][f"zero {stage} bf16"] = case(stage, 2, dtype="bf16")
     CASES[2][f"zero {stage} dynamic"] = case(stage, 1, dynamic=40)
+Q = "--gopo.expert_credit", "q=3,group=1"
+Q_GRID = [(1, 0, 8, "mixed"), (1, 2, 2, "mixed"), (2, 2, 1, "mixed"), (2, 3, 2, "mixed"), (2, 3, 2, "idle")]
+for ranks, stage, micro, name in [*Q_GRID, (1, 2, 4, "idle")]:
+    CASES[ranks][f"q {stage} {micro} {name}"] = case(stage, micro, name)
+    CASES[ranks][f"q {stage} {micro} {name}"]["flags"] |= dict([Q])
 CASES[2]["per dialogue"] = case(3, 2, loss_agg_mode="seq-mean-token-mean")
 
 
@@ -92,7 +97,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dialogues(folder: Path, counts: list[int]) -> list[dict[str, torch.Tensor]]:
-    """Per dialogue of S tokens and T decisions: tokens (S,), allowed (T, L), and mask, sampled, advantages (S-1,).
+    """Per dialogue of S tokens and T decisions: tokens (S,), allowed (T, L), togo (T,), and mask, sampled, advantages
+    (S-1,).
 
     The sampler's log-probabilities are the model's and noise, so that some ratios are clipped from the first step on.
     """
@@ -106,7 +112,8 @@ def dialogues(folder: Path, counts: list[int]) -> list[dict[str, torch.Tensor]]:
         allowed = pad_allowed([[LABELS[i] for i in row] for row in rows], width=len(LABELS))
         tokens[places + 1] = allowed[:, 0]
         mask = torch.zeros(length - 1, dtype=torch.long).index_fill(0, places, 1)
-        dialogue = {"tokens": tokens, "allowed": allowed, "mask": mask}
+        togo = allowed[:, 0].float() - 5 + torch.randn(count, generator=generator)
+        dialogue = {"tokens": tokens, "allowed": allowed, "mask": mask, "togo": togo}
         with torch.no_grad():
             logprobs, _ = decisions(model, dialogue)
         noise = torch.tensor([0.0, 0.4, -0.4, 0.1])[torch.randint(4, (count,), generator=generator)]
@@ -259,6 +266,20 @@ def test_dynamic_micro_batches_give_the_plain_step(trained, expected, stage):
 def test_the_head_on_decisions_gives_the_logits_of_the_whole_head(trained, stage):
     assert trained[2][f"zero {stage} micro 4"]["parity"] < 1e-5  # ranks with other decisions
     assert trained[2][f"zero {stage} idle"]["parity"] < 1e-5  # and one without
+
+
+@pytest.mark.parametrize(("ranks", "stage", "micro", "name"), Q_GRID)
+def test_every_rank_learns_from_one_q_of_all_of_them(trained, expected, ranks, stage, micro, name):
+    """``tests/runtime/test_q_credit.py`` says what the step is; here it is the same however it is spread."""
+    result = trained[ranks][f"q {stage} {micro} {name}"]
+    assert not isinstance(result, str), result
+    start, without, _ = expected(name)
+    whole = trained[1]["q 2 4 idle" if name == "idle" else "q 2 2 mixed"]
+    end = {key: value.double() for key, value in whole["weights"].items()}
+    assert error(end, start, without) > 0.01
+    assert error(result["weights"], start, end) < 1e-4
+    for metric in ("q_loss", "q_fit_r2"):
+        assert result["status"][metric] == pytest.approx(whole["status"][metric], rel=1e-3, abs=1e-6)
 
 
 def test_metrics_are_numbers_although_a_micro_batch_has_no_decision(trained):
