@@ -49,8 +49,9 @@ def _batches(args: SimpleNamespace, config: GopoConfig, goals: int) -> list[str]
         dialogues, passes = batches_of(args, role, config)
         ranks = where.num_nodes * where.num_gpus_per_node // args.ds.tensor_parallel_size
         micro = "by tokens" if args.train.dynamic_batch_enable else args.train.micro_batch_size
+        steps = size * k // dialogues * passes
         lines.append(
-            f"  {role}: {size * k // dialogues * passes} optimizer step(s) of {dialogues} dialogues on {ranks} rank(s), "
+            f"  {role}: {steps} optimizer step(s) of {dialogues} dialogues on {ranks} rank(s), "
             f"micro-batch {micro}, lr {where.adam.lr:g}"
         )
     return lines
