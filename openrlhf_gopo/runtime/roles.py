@@ -16,8 +16,8 @@ from openrlhf.utils.deepspeed import DeepspeedStrategy
 
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.errors import CheckpointError
-from openrlhf_gopo.runtime.checks import batches_of
 from openrlhf_gopo.runtime.checkpoints.random_states import random_states, restore_random_states
+from openrlhf_gopo.runtime.checks import batches_of
 
 
 class RoleStrategy(DeepspeedStrategy):

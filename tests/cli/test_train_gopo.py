@@ -423,8 +423,8 @@ def test_a_reward_that_fails_is_found_before_anything_starts(tokenizer, tmp_path
         ("--gopo.expert_credit q=0,group=0", r"--gopo\.expert_credit q=0,group=0: no term is left to learn from"),
         (
             "--gopo.expert_credit fame=1",
-            r"--gopo\.expert_credit fame=1: give term=weight,\.\.\., each term once, of preference, decision_preference, "
-            r"q, group, critic; a weight is 0 or more",
+            r"--gopo\.expert_credit fame=1: give term=weight,\.\.\., each term once, of preference, "
+            r"decision_preference, q, group, critic; a weight is 0 or more",
         ),
         ("--gopo.expert_credit q=1,q=2", r"--gopo\.expert_credit q=1,q=2: give term=weight"),
         ("--gopo.expert_credit group=-1", r"--gopo\.expert_credit group=-1: give term=weight"),
@@ -442,8 +442,9 @@ def test_a_reward_that_fails_is_found_before_anything_starts(tokenizer, tmp_path
         # the expert's own steps
         (
             "--gopo.expert_steps 5",
-            r"--gopo\.expert_steps 5: --gopo\.expert_passes 1 over the 64 dialogues of a rollout cannot be cut into as "
-            r"many equal steps of whole micro-batches \(1 dialogues over all ranks\); use one of \[1, 2, 4, 8, 16, 32, 64\]",
+            r"--gopo\.expert_steps 5: --gopo\.expert_passes 1 over the 64 dialogues of a rollout cannot be cut into "
+            r"as many equal steps of whole micro-batches \(1 dialogues over all ranks\); use one of \[1, 2, 4, 8, 16, "
+            r"32, 64\]",
         ),
         (  # 5 steps would be whole micro-batches, but not of one pass each
             "--rollout.batch_size 5 --rollout.n_samples_per_prompt 4 --train.batch_size 20 --gopo.expert_steps 5 "

@@ -15,7 +15,7 @@ from openrlhf_gopo import rewards
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.errors import ConfigError, DialogueError
 from openrlhf_gopo.evaluation.scripted import demonstrations
-from openrlhf_gopo.rewards import ndcg, text
+from openrlhf_gopo.rewards import text
 from openrlhf_gopo.rewards.joint import METRICS, joint, parse_weights, score
 from openrlhf_gopo.rewards.ndcg import esndcg
 from openrlhf_gopo.rewards.response import no_repetition, response_scores
