@@ -28,7 +28,7 @@ import torch
 
 from openrlhf_gopo.core.decision_preference import decision_preference
 from openrlhf_gopo.core.preference import preference_coefficients
-from openrlhf_gopo.core.q import q_advantages, q_surrogate
+from openrlhf_gopo.core.q import advantages, surrogate
 from openrlhf_gopo.core.turn_level import gae, turn_advantages
 
 END = None
@@ -189,8 +189,12 @@ def test_q_with_the_true_values_is_unbiased(tree):
     of_node = {}
     for node in desk.tree:
         now, everything = desk.logprobs(node).unsqueeze(0), torch.ones(1, desk.sizes[node], dtype=torch.bool)
-        advantages = q_advantages(desk.values(node).detach().unsqueeze(0), now.detach(), everything)
-        loss = q_surrogate(now, now.detach(), advantages, everything).sum()
+        values = desk.values(node).detach().unsqueeze(0)
+        # One decision's own root mean square is no constant of the batch: take it out again.
+        pi = now.detach().exp()
+        scale = (pi * (values - (pi * values).sum()).pow(2)).sum().sqrt()
+        scores = scale * advantages(values, now.detach(), everything)
+        loss = surrogate(now, now.detach(), scores, everything, 0.2, 0.2).sum()
         of_node[node] = -torch.autograd.grad(loss, desk.logits)[0]
     found = sum(d.probability * sum(of_node[n] for n in d.nodes) for d in desk.dialogues())
     assert torch.allclose(found, desk.policy_gradient(), rtol=0, atol=1e-9)
