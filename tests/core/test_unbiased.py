@@ -208,7 +208,7 @@ def test_q_with_the_true_values_is_unbiased(tree):
     ],
 )
 def test_biased_terms_by_their_numbers(tree, true, biased):
-    """As in the table above. Three of five have the sign of the other strategy somewhere; rloo never has."""
+    """As in the table above. All but the critic prefer the worse strategy in one of the two."""
     desk = Desk(tree, uniform=True)
     assert float(desk.policy_gradient()[1]) == pytest.approx(true, abs=1e-9)
     assert float(desk.mean_over_groups(by_turn("rloo"), 4)[1]) == pytest.approx(true, abs=1e-9)
