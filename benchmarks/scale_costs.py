@@ -67,10 +67,10 @@ def loop_costs(model: str, turns: int, reply: int, tokens_seen: int = 200) -> tu
     chance = random.Random(0)
     words = list(range(300, 1000))
 
-    async def at_once(tokens: list[int], sampling: Sampling) -> Generation:
+    async def at_once(tokens: list[int], sampling: Sampling) -> list[Generation]:
         count = sampling.max_tokens
         sampled = chance.choices(sampling.allowed or words, k=count)
-        return Generation(sampled, [-1.0] * count)
+        return [Generation(sampled, [-1.0] * count)]
 
     sampled = SampledPolicy(policy, {EXPERT: at_once, RESPONDER: at_once}, limits)
 
@@ -88,7 +88,7 @@ def loop_costs(model: str, turns: int, reply: int, tokens_seen: int = 200) -> tu
         "decode": cost(lambda: template.decode(words[:reply])),
         "sampling_params": cost(lambda: agent.sampling_params(asked)),
         "copied_params": cost(params.clone),
-        "generation": cost(lambda: agent._generation(output, asked)),
+        "generation": cost(lambda: agent._generation(output.outputs[0], asked)),
     }, trajectory
 
 

@@ -33,16 +33,8 @@ CREDIT_TERMS = ("preference", "decision_preference", "q", "group", "critic")
 class PreferenceConfig:
     """``--gopo.pref.*``: the expert's trajectory-level preference loss (ours, see ``core.preference``)."""
 
-    pairing: str = flag(
-        "all", "which pairs of a group are compared", choices=("all", "best_worst", "adjacent", "listwise")
-    )
-    beta: float = flag(1.0, "sharpness of the preference: x = beta (m_w - m_l) - offset (R_w - R_l)")
-    weights: str = flag("sum", "turn weights w_t of m(tau)", choices=("sum", "mean", "dmpo"))
-    discount: float = flag(0.95, "discount g of the dmpo turn weights, in (0, 1)")
-    margin: float = flag(0.0, "a pair counts only when its returns differ by more than this")
-    label_smoothing: float = flag(0.0, "epsilon in [0, 0.5): probability that a preference is wrong")
-    offset: float = flag(0.0, "delta >= 0: required log-ratio gap per unit of return gap")
-    gap_weight: float = flag(0.0, "g >= 0: a pair weighs (R_w - R_l)^g; 0: all pairs alike")
+    beta: float = flag(1.0, "sharpness of the preference: L = -log sigmoid(beta (m_w - m_l))")
+    weights: str = flag("sum", "turn weights w_t of m(tau): 1, or 1/T", choices=("sum", "mean"))
     reference: str = flag(
         "sampler", "reference policy inside m(tau): the initial model or the sampler", choices=("sampler", "initial")
     )
@@ -50,22 +42,6 @@ class PreferenceConfig:
     def __post_init__(self) -> None:
         _check_values(self, "gopo.pref")
         _require(self.beta > 0, "--gopo.pref.beta", self.beta, "give a positive number")
-        _require(0 < self.discount < 1, "--gopo.pref.discount", self.discount, "give a number in (0, 1)")
-        _require(self.margin >= 0, "--gopo.pref.margin", self.margin, "give 0 or more")
-        _require(0 <= self.label_smoothing < 0.5, "--gopo.pref.label_smoothing", self.label_smoothing, "use [0, 0.5)")
-        _require(self.offset >= 0, "--gopo.pref.offset", self.offset, "give 0 or more")
-        _require(self.gap_weight >= 0, "--gopo.pref.gap_weight", self.gap_weight, "give 0 or more")
-        for name in ("offset", "label_smoothing", "gap_weight") if self.pairing == "listwise" else ():
-            value = getattr(self, name)
-            _require(
-                value == 0, f"--gopo.pref.{name}", value, "belongs to pairs, --gopo.pref.pairing listwise has none"
-            )
-
-    @property
-    def loss_options(self) -> dict[str, Any]:
-        """The keyword arguments of ``core.preference.preference_coefficients``."""
-        names = ("pairing", "beta", "margin", "label_smoothing", "offset", "gap_weight")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -134,6 +110,11 @@ class GopoConfig:
         "responder's reward: the whole return at the last token, or what each turn earned at the end of its reply",
         choices=("trajectory", "turn"),
     )
+    reply_group: int = flag(
+        1,
+        "replies drawn at every turn of a training dialogue: one is said, the others' scores (the gre, realised, "
+        "grounded and no_repetition of --gopo.responder_reward) are the baseline of its own; 2 to 16, or 1: off",
+    )
     schedule: str = flag(
         "joint",
         "who learns: both at every step, in turns of --gopo.schedule_steps (the expert first), or one role alone",
@@ -185,6 +166,8 @@ class GopoConfig:
         for name in (*counts, "expert_plan_tokens", "expert_steps", "expert_passes"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--gopo.{name}", value, "give 1 or more")
+        size = self.reply_group
+        _require(1 <= size <= 16, "--gopo.reply_group", size, "give 2 to 16, or 1 to turn it off")
         _require(self.engine_restarts >= 0, "--gopo.engine_restarts", self.engine_restarts, "give 0 or more")
         self.expert_terms  # noqa: B018 - a bad value is an error now
         _require(

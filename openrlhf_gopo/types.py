@@ -92,7 +92,8 @@ class Turn:
     strategy). ``reply_cut`` is True when the reply hit its token cap. ``plan`` is what the expert wrote before it
     chose, if it plans. ``invalid``: the expert named no allowed strategy and one was drawn for it; None where that
     cannot happen (decoding is restricted to the allowed set, or there was nothing to choose).
-    ``version``: updates that the weights which played it had had.
+    ``version``: updates that the weights which played it had had. ``reply_group``: the scores of the replies that were
+    drawn for it (--gopo.reply_group), that of ``reply`` first; empty where one reply was drawn.
     """
 
     user: str
@@ -113,6 +114,7 @@ class Turn:
     plan: str = ""
     invalid: bool | None = None
     version: int = 0
+    reply_group: tuple[float, ...] = ()
 
 
 @dataclass
@@ -168,6 +170,9 @@ class Trajectory:
         # asdict copies token by token, which takes ten times as long as all the rest of the record.
         record["streams"] = {role: dict(vars(stream)) for role, stream in self.streams.items()}
         record["goal"].pop("data")
+        for turn in record["turns"]:
+            if not turn["reply_group"]:
+                del turn["reply_group"]
         record["stop"] = self.stop.value
         record["success"] = self.success
         return record

@@ -25,7 +25,7 @@ class Engine:
     def generators(self) -> dict[str, Any]:
         return {EXPERT: self._generate, RESPONDER: self._generate}
 
-    async def _generate(self, tokens: list[int], sampling: Any) -> Generation:
+    async def _generate(self, tokens: list[int], sampling: Any) -> list[Generation]:
         if sampling.allowed:
-            return Generation([self._choose(sampling.allowed)], [-1.0])
-        return Generation([*self._ids, sampling.stop_token], [-0.5] * (len(self._ids) + 1))
+            return [Generation([self._choose(sampling.allowed)], [-1.0])]
+        return [Generation([*self._ids, sampling.stop_token], [-0.5] * (len(self._ids) + 1))] * sampling.n

@@ -108,7 +108,7 @@ def test_the_flags_page_is_what_the_parsers_say() -> None:
 
     page = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
     assert page == flags.page(), "run: python -m openrlhf_gopo.cli.flags > docs/flags.md"
-    assert "| `--gopo.pref.margin` | `0.0` | a pair counts" in page  # a default that is false
+    assert "| `--gopo.offline.similarity` | `0.0` | in [0, 1]" in page  # a default that is false
     assert "`--actor.adam.lr`" in page
     assert "| `--expert." not in page
 

@@ -18,5 +18,8 @@ def test_a_record_is_the_dataclasses_fields_in_order():
     plain = asdict(trajectory)
     del plain["goal"]["data"]
     plain |= {"stop": "completed", "success": True}
+    assert plain["turns"][0].pop("reply_group") == ()  # absent where one reply was drawn
     assert json.dumps(trajectory.to_json()) == json.dumps(plain)
+    turns[0].reply_group = (0.5, 1.0)
+    assert trajectory.to_json()["turns"][0]["reply_group"] == (0.5, 1.0)
     assert goal.data == {"secret": {"a": [1]}}

@@ -71,6 +71,24 @@ def single_turns(conversation: Messages) -> Iterator[Messages]:
     yield from (exchanges[i : i + 2] for i in range(0, len(exchanges), 2))
 
 
+class Repeats:
+    """Lets each exchange through a few times: the strategies that state facts, which differ from dialogue to dialogue,
+    then outweigh those that say the same few sentences every time.
+
+    Args:
+        most: times that the same order (strategy and briefing) and reply are let through; None: always.
+    """
+
+    def __init__(self, most: int | None) -> None:
+        self.most, self.seen = most, Counter[tuple[str, str]]()
+
+    def allow(self, exchange: Messages) -> bool:
+        """Whether this (user message, reply) is one of the first ``most`` of its kind."""
+        key = (exchange[0]["content"].splitlines()[-1], exchange[1]["content"])
+        self.seen[key] += 1
+        return self.most is None or self.seen[key] <= self.most
+
+
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
@@ -134,6 +152,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--labels", default=None, help="as --gopo.labels of train_gopo")
     parser.add_argument("--names_only", action="store_true", help="as --gopo.names_only of train_gopo")
     parser.add_argument(
+        "--repeats",
+        type=int,
+        help="times that replies.jsonl holds the same reply to the same strategy and briefing, so that replies which "
+        "state facts outweigh the few that never change; default: as often as they occur",
+    )
+    parser.add_argument(
         "--logs", type=Path, default=None, help="logged dialogues (see cli.logs) in place of the script"
     )
     script = parser.add_argument_group("the script, not with --logs")
@@ -162,6 +186,8 @@ def _export(args: argparse.Namespace) -> None:
     given = [name for name in SCRIPT if getattr(args, name) is not None]
     if args.logs is not None and given:
         raise ConfigError(f"--{given[0]} {getattr(args, given[0])}: steers the script; leave it out with --logs")
+    if args.repeats is not None and args.repeats < 1:
+        raise ConfigError(f"--repeats {args.repeats}: give 1 or more")
     if args.dialogues is not None and args.dialogues < 1:
         raise ConfigError(f"--dialogues {args.dialogues}: give 1 or more")
     platform.activate()  # before transformers is imported
@@ -178,13 +204,13 @@ def _export(args: argparse.Namespace) -> None:
     else:
         usable = logged(env, args.logs, ChatTemplate(tokenizer), census)
         played = (messages(trajectory, env, labels, args.names_only) for trajectory in usable)
-    written = _write(played, args.out)
+    written = _write(played, args.out, Repeats(args.repeats))
     print(f"{written} dialogues of {env.name} -> {args.out}/" + "{" + ",".join(FILES) + "}.jsonl")
     for reason, count in census.items():
         say(f"{reason}: {count}")
 
 
-def _write(played: Iterator[dict[str, Messages]], out: Path) -> int:
+def _write(played: Iterator[dict[str, Messages]], out: Path, repeats: Repeats) -> int:
     """Write ``FILES`` as the dialogues come, under their names once all are there; the number of dialogues."""
     out.mkdir(parents=True, exist_ok=True)
     parts = {name: out / f"{name}.jsonl.part" for name in FILES}
@@ -197,7 +223,7 @@ def _write(played: Iterator[dict[str, Messages]], out: Path) -> int:
                     _line(files[role], conversation)
                 for role in (EXPERT, RESPONDER):
                     _line(files["both"], conversations[role])
-                for turn in single_turns(conversations[RESPONDER]):
+                for turn in filter(repeats.allow, single_turns(conversations[RESPONDER])):
                     _line(files["replies"], turn)
                 written += 1
         for name, part in parts.items():

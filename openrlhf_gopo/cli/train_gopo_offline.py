@@ -22,11 +22,11 @@ from openrlhf_gopo.flag import add_flags
 from openrlhf_gopo.runtime.offline.config import OfflineConfig
 
 SHARED = ("env", "data", "labels", "names_only", "results_dir")  # of train_gopo's --gopo.* flags
-PREFERENCE = ("pairing", "beta", "weights", "discount", "margin", "label_smoothing", "offset", "gap_weight")
+PREFERENCE = ("beta", "weights")
 # train_dpo's flags that mean nothing here, and what to do instead.
 DROPPED = {
     "model.beta": "use --gopo.pref.beta",
-    "model.label_smoothing": "use --gopo.pref.label_smoothing",
+    "model.label_smoothing": "the preference loss has no such form; leave it out",
     "model.nll_loss_coef": "use --gopo.offline.sft_coef",
     "model.ipo_enable": "the preference loss has no such form; leave it out",
     "model.aux_loss_coef": "there is no such term; leave it out",

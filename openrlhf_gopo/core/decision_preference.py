@@ -15,7 +15,7 @@ from itertools import combinations
 
 import torch
 
-TIE = 1e-9  # returns nearer than this are equal: rounding must not become a preference
+from openrlhf_gopo.core.preference import TIE
 
 
 def decision_preference(

@@ -89,18 +89,18 @@ def action_coefficients(
     *,
     pref_coef: float,
     sft_coef: float,
-    **loss_options: object,
+    beta: float,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
     """-dL/d log pi of every action, in two parts, so that the gradient of L is -sum_n (p_n + s_n) grad log pi_n.
 
         L = pref_coef L_pref - sft_coef (1/N') sum_{n imitated} log pi_n        N': imitated actions
 
-    with L_pref of ``core.preference`` over ``units``. Each part is a mean over this call's own terms, ``pref_terms``
+    with L_pref of ``core.preference`` over ``units``. Each part is a mean over this call's own terms, ``pref_pairs``
     and ``sft_terms``: who spreads a step over ranks scales each by its share of all terms.
 
     Args:
         logprobs, reference: (N,) log pi and log pi_ref of the actions. Neither needs a graph.
-        loss_options: as in ``preference_coefficients``.
+        beta: as in ``preference_coefficients``.
 
     Returns:
         p (N,) and s (N,) float64; the metrics of ``preference_coefficients``, and N' as ``sft_terms``.
@@ -108,7 +108,7 @@ def action_coefficients(
     m = trajectory_log_ratio(
         logprobs.detach().double(), reference.double(), units.owner, units.weights, len(units.returns)
     )
-    c, metrics = preference_coefficients(m, units.returns, units.groups, **loss_options)  # type: ignore[arg-type]
+    c, metrics = preference_coefficients(m, units.returns, units.groups, beta=beta)
     imitated = units.imitated.double()
     metrics["sft_terms"] = float(imitated.sum())
     return pref_coef * c[units.owner] * units.weights, sft_coef * imitated / max(metrics["sft_terms"], 1.0), metrics

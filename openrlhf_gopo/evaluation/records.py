@@ -222,6 +222,7 @@ _TURN: dict[str, Check] = {
     "forced": _flag,
     "reply_cut": _flag,
     "invalid": _optional_flag,
+    "reply_group": _list_of(_number, tuple),
 }
 _STREAM: dict[str, Check] = {
     "tokens": _list_of(_whole),

@@ -15,6 +15,7 @@ mean over its replies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from openrlhf_gopo.rewards.text import mentions, values, words
@@ -64,14 +65,32 @@ def reply_scores(trajectory: Trajectory) -> list[dict[str, float]]:
     earlier: list[str] = []
     for turn in trajectory.turns:
         knowledge |= values(turn.user) | values(turn.briefing)
-        parts = {
-            "realised": realised(turn),
-            "grounded": grounded(turn, knowledge),
-            "no_repetition": no_repetition(turn.reply, earlier),
-        }
-        scores.append({**parts, "gre": sum(parts.values()) / len(parts)})
+        scores.append(_scores(turn, knowledge, earlier))
         earlier.append(turn.reply)
     return scores
+
+
+def candidate_scores(context: str, past: Sequence[Turn], turn: Turn, replies: Sequence[str]) -> list[dict[str, float]]:
+    """What ``reply_scores`` would give ``turn``, which follows ``past``, with each of ``replies`` in place of its own.
+
+    ``context``: the goal's.
+
+    >>> turn = Turn("hi", (), "find", "", briefing="Order A417.", expected=("A417",))
+    >>> [scores["gre"] for scores in candidate_scores("", [], turn, ["It is A417 indeed.", ""])]
+    [1.0, 0.0]
+    """
+    knowledge = values(context).union(*(values(t.user) | values(t.briefing) for t in (*past, turn)))
+    earlier = [t.reply for t in past]
+    return [_scores(replace(turn, reply=reply), knowledge, earlier) for reply in replies]
+
+
+def _scores(turn: Turn, knowledge: set[str], earlier: Sequence[str]) -> dict[str, float]:
+    parts = {
+        "realised": realised(turn),
+        "grounded": grounded(turn, knowledge),
+        "no_repetition": no_repetition(turn.reply, earlier),
+    }
+    return {**parts, "gre": sum(parts.values()) / len(parts)}
 
 
 def response_scores(trajectory: Trajectory) -> dict[str, float]:

@@ -22,6 +22,16 @@ from openrlhf_gopo.types import Trajectory
 REPLY_METRICS = ("realised", "grounded", "no_repetition", "gre")
 
 
+def split_weights(weights: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """``weights`` of what one reply alone earns, and those of the rest.
+
+    >>> split_weights({"tse": 0.5, "gre": 1.0})
+    ({'gre': 1.0}, {'tse': 0.5})
+    """
+    own = {name: weight for name, weight in weights.items() if name in REPLY_METRICS}
+    return own, {name: weight for name, weight in weights.items() if name not in own}
+
+
 def turn_rewards(trajectory: Trajectory, weights: Mapping[str, float], kappa: float = KAPPA) -> list[float]:
     """r_t of every turn, with sum_t r_t = ``joint(trajectory.rewards, weights)`` for rewards scored with ``kappa``.
 

@@ -50,10 +50,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Reply:
-    """``cut``: the text ends at its token cap."""
+    """``cut``: the text ends at its token cap. ``group``: see ``Turn.reply_group``."""
 
     text: str
     cut: bool = False
+    group: tuple[float, ...] = ()
 
 
 class Expert(Protocol):

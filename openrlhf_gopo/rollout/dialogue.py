@@ -122,7 +122,7 @@ class _Run:
         reply = await agent.responder.write(past, turn)
         if reply is None:
             return False
-        turn.reply, turn.reply_cut = reply.text, reply.cut
+        turn.reply, turn.reply_cut, turn.reply_group = reply.text, reply.cut, reply.group
         return True
 
     async def _open(self) -> Agent:

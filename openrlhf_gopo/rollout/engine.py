@@ -12,6 +12,7 @@ class Sampling:
 
     ``allowed``: the only token ids that may be sampled, or None for the whole vocabulary. ``stop_token`` ends the
     continuation and is part of it. ``probabilities``: return the log-probabilities of all ``allowed``, too.
+    ``n``: how many continuations, drawn independently.
     """
 
     max_tokens: int
@@ -20,6 +21,7 @@ class Sampling:
     stop_token: int | None = None
     allowed: tuple[int, ...] | None = None
     probabilities: bool = False
+    n: int = 1
 
 
 @dataclass(frozen=True)
@@ -34,4 +36,5 @@ class Generation:
     allowed_logprobs: Sequence[float] = ()
 
 
-Generate = Callable[[list[int], Sampling], Awaitable[Generation]]
+Generate = Callable[[list[int], Sampling], Awaitable[list[Generation]]]
+"""Continues a prompt ``Sampling.n`` times."""

@@ -8,13 +8,15 @@ vllm_engine.py:17), so everything a dialogue needs arrives with its request, in 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
 from openrlhf.utils.agent import AgentExecutorBase
 from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
 from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.rewards.custom import load_rewards
@@ -97,11 +99,13 @@ def sampling_params(sampling: Sampling, seed: int | None = None) -> SamplingPara
         logprobs=None if sampling.probabilities else 0,
         logprob_token_ids=list(sampling.allowed) if sampling.probabilities and sampling.allowed else None,
         detokenize=False,
+        n=sampling.n,
+        # As it goes vLLM yields one of the n at a time; at the end all of them.
+        output_kind=RequestOutputKind.FINAL_ONLY if sampling.n > 1 else RequestOutputKind.CUMULATIVE,
     )
 
 
-def _generation(output: Any, sampling: Sampling) -> Generation:
-    completion = output.outputs[0]
+def _generation(completion: Any, sampling: Sampling) -> Generation:
     tokens = list(completion.token_ids)
     logprobs = [float(lp[t].logprob) for t, lp in zip(tokens, completion.logprobs, strict=True)]
     asked = sampling.allowed if sampling.probabilities and sampling.allowed else ()
@@ -109,19 +113,23 @@ def _generation(output: Any, sampling: Sampling) -> Generation:
 
 
 def _local(engine: Any, seeds: Iterator[int | None]) -> Generate:
-    async def generate(tokens: list[int], sampling: Sampling) -> Generation:
-        output = await engine.generate(list(tokens), sampling_params(sampling, next(seeds)))
-        return _generation(output, sampling)
-
-    return generate
+    return _generate(lambda tokens, params: engine.generate(tokens, params), seeds)
 
 
 def remote(engine: Any, seeds: Iterator[int | None] | None = None) -> Generate:
     """``engine`` is a rollout actor in another process. ``seeds``: one per call; None: the engine's own generator."""
-    seeds = repeat(None) if seeds is None else seeds
+    return _generate(lambda tokens, params: engine.generate.remote(tokens, params), seeds or repeat(None))
 
-    async def generate(tokens: list[int], sampling: Sampling) -> Generation:
-        output = await engine.generate.remote(list(tokens), sampling_params(sampling, next(seeds)))
-        return _generation(output, sampling)
+
+def _generate(ask: Callable[[list[int], SamplingParams], Awaitable[Any]], seeds: Iterator[int | None]) -> Generate:
+    async def generate(tokens: list[int], sampling: Sampling) -> list[Generation]:
+        seed = next(seeds)
+        if seed is None or sampling.n == 1:
+            output = await ask(list(tokens), sampling_params(sampling, seed))
+            return [_generation(completion, sampling) for completion in output.outputs]
+        # vLLM takes in the n one by one: which of them its first steps compute together would be chance.
+        one = replace(sampling, n=1)
+        outputs = [await ask(list(tokens), sampling_params(one, seed + i)) for i in range(sampling.n)]
+        return [_generation(output.outputs[0], one) for output in outputs]
 
     return generate

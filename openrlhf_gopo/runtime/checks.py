@@ -10,6 +10,7 @@ from openrlhf_gopo.config import EXPERT, GopoConfig, PreferenceConfig
 from openrlhf_gopo.errors import ConfigError
 from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rewards.joint import parse_weights
+from openrlhf_gopo.rewards.turns import split_weights
 from openrlhf_gopo.runtime.requests import check_determinism
 
 
@@ -25,6 +26,8 @@ def check_flags(args: SimpleNamespace, config: GopoConfig) -> None:
             parse_weights(getattr(config, flag), metrics)
         except ConfigError as error:
             raise ConfigError(f"--gopo.{flag}: {error}") from error
+    if config.reply_group > 1:
+        _check_reply_group(args, config, *split_weights(parse_weights(config.responder_reward, metrics)))
     _check_supported(args, config)
     _check_asynchronous(args)
     _check_lora(args)
@@ -32,12 +35,22 @@ def check_flags(args: SimpleNamespace, config: GopoConfig) -> None:
     _check_batches(args, config)
 
 
-def batches_of(role: str, args: SimpleNamespace, config: GopoConfig) -> tuple[int, int]:
-    """Dialogues of one optimizer step of ``role``, over all ranks, and its passes over the dialogues of a rollout."""
-    if role != EXPERT or config.expert_steps is None:
-        return args.train.batch_size, args.train.max_epochs
-    dialogues = args.rollout.batch_size * args.rollout.n_samples_per_prompt
-    return dialogues * config.expert_passes // config.expert_steps, config.expert_passes
+def _check_reply_group(
+    args: SimpleNamespace, config: GopoConfig, own: dict[str, float], rest: dict[str, float]
+) -> None:
+    """--gopo.reply_group: replies need scores of their own, and what else learns needs something to learn from."""
+    flag, reward = f"--gopo.reply_group {config.reply_group}", f"--gopo.responder_reward {config.responder_reward}"
+    if not own:
+        raise ConfigError(
+            f"{flag}: {reward} has nothing that scores one reply; add gre, realised, grounded or no_repetition"
+        )
+    if not rest and config.policy == "single_level":
+        raise ConfigError(f"{flag}: with {reward} the decisions of single_level earn nothing; add tse or esndcg")
+    if not rest and args.algo.advantage.estimator == "gae":
+        raise ConfigError(
+            f"{flag}: with {reward} a critic has nothing to value; add tse, or use "
+            "--algo.advantage.estimator group_norm"
+        )
 
 
 def gpus_needed(args: SimpleNamespace, config: GopoConfig) -> int:
@@ -57,6 +70,14 @@ def gpus_needed(args: SimpleNamespace, config: GopoConfig) -> int:
         actor += args.expert.num_nodes * args.expert.num_gpus_per_node
         reference *= 2
     return actor + reference + critic + engines
+
+
+def batches_of(args: SimpleNamespace, role: str, config: GopoConfig) -> tuple[int, int]:
+    """Dialogues of one optimizer step of ``role``, and its passes over a rollout."""
+    if role != EXPERT or config.expert_steps is None:
+        return args.train.batch_size, args.train.max_epochs
+    dialogues = args.rollout.batch_size * args.rollout.n_samples_per_prompt
+    return dialogues * config.expert_passes // config.expert_steps, config.expert_passes
 
 
 def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
@@ -88,7 +109,7 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
             "--gopo.pref.reference initial: there is no reference model with --algo.kl.init_coef 0; raise it, or use "
             "--gopo.pref.reference sampler"
         )
-    _check_factors(config)
+    _check_beta(config)
     _check_credit(args, config)
     if args.rollout.n_samples_per_prompt < 2 and config.policy == "two_level":
         raise ConfigError(
@@ -97,18 +118,14 @@ def _check_supported(args: SimpleNamespace, config: GopoConfig) -> None:
         )
 
 
-def _check_factors(config: GopoConfig) -> None:
-    """With m = 0 for all, what is one factor of all coefficients is divided out again."""
+def _check_beta(config: GopoConfig) -> None:
+    """With m = 0 for all, beta is one factor of all coefficients and is divided out again."""
     pref = config.pref
-    if pref.reference != "sampler" or pref.offset > 0:
-        return
-    for name in ("beta", "label_smoothing"):
-        if getattr(pref, name) != getattr(PreferenceConfig, name):
-            raise ConfigError(
-                f"--gopo.pref.{name} {getattr(pref, name)}: changes nothing with --gopo.pref.reference sampler, "
-                "where it is one factor of all advantages, which have unit scale; drop it, or use "
-                "--gopo.pref.reference initial"
-            )
+    if pref.reference == "sampler" and pref.beta != PreferenceConfig.beta:
+        raise ConfigError(
+            f"--gopo.pref.beta {pref.beta}: changes nothing with --gopo.pref.reference sampler, where it is one factor "
+            "of all advantages, which have unit scale; drop it, or use --gopo.pref.reference initial"
+        )
 
 
 def _check_asynchronous(args: SimpleNamespace) -> None:

@@ -46,12 +46,12 @@ def _batches(args: SimpleNamespace, config: GopoConfig, goals: int) -> list[str]
     ]
     for role in config.roles if config.own_expert else (RESPONDER,):
         where = args.expert if role == EXPERT else args.actor
+        dialogues, passes = batches_of(args, role, config)
         ranks = where.num_nodes * where.num_gpus_per_node // args.ds.tensor_parallel_size
-        batch, passes = batches_of(role, args, config)
-        updates = size * k // batch * passes
         micro = "by tokens" if args.train.dynamic_batch_enable else args.train.micro_batch_size
+        steps = size * k // dialogues * passes
         lines.append(
-            f"  {role}: {updates} optimizer step(s) of {batch} dialogues on {ranks} rank(s), "
+            f"  {role}: {steps} optimizer step(s) of {dialogues} dialogues on {ranks} rank(s), "
             f"micro-batch {micro}, lr {where.adam.lr:g}"
         )
     return lines

@@ -51,7 +51,7 @@ class Engines:
         """Continues prompts by ``model``; the turns of a dialogue stay on one engine, where their prefix is cached."""
         actors = [agent.remote(actor) for actor in self._actors[model]]
 
-        async def generate(tokens: list[int], sampling: Sampling) -> Generation:
+        async def generate(tokens: list[int], sampling: Sampling) -> list[Generation]:
             return await actors[hash(tuple(tokens[:PREFIX])) % len(actors)](tokens, sampling)
 
         return generate

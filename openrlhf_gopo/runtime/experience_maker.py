@@ -230,12 +230,12 @@ class ExpertExperienceMaker(GOPOExperienceMaker):
     def _preference_term(self, experiences: list[Experience], batch: Batch) -> torch.Tensor:
         """The trust-region form of the preference loss: c_i at the sampler's parameters, spread by w_t, (N,)."""
         pref = self.config.pref
-        weights = torch.cat([action_weights(t, mode=pref.weights, discount=pref.discount) for t in batch.turns])
+        weights = torch.cat([action_weights(t, mode=pref.weights) for t in batch.turns])
         owner = torch.repeat_interleave(torch.arange(len(batch.counts)), torch.tensor(batch.counts))
         current, reference = self._logprobs(experiences, batch)
         log_ratios = trajectory_log_ratio(current, reference, owner, weights, len(batch.counts))
         returns = torch.cat([e.rewards for e in experiences])
-        coefficients, metrics = preference_coefficients(log_ratios, returns, batch.groups, **pref.loss_options)
+        coefficients, metrics = preference_coefficients(log_ratios, returns, batch.groups, beta=pref.beta)
         self.metrics |= metrics
         return decision_advantages(coefficients, owner, weights)
 

@@ -20,7 +20,8 @@ from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
 from openrlhf_gopo.evaluation.decoding import Rows
 from openrlhf_gopo.rewards.custom import RewardSpec, load_rewards
 from openrlhf_gopo.rewards.joint import parse_weights
-from openrlhf_gopo.rollout.sampled import TokenLimits
+from openrlhf_gopo.rewards.turns import split_weights
+from openrlhf_gopo.rollout.sampled import ReplyGroup, TokenLimits
 from openrlhf_gopo.runtime import agent
 from openrlhf_gopo.runtime.actors import RoleCriticActor, RolePolicyActor, RoleReferenceActor
 from openrlhf_gopo.runtime.checkpoints.checkpoint import Checkpoints
@@ -37,16 +38,21 @@ from openrlhf_gopo.runtime.trainer import GOPOTrainer
 
 def rollout_spec(args: SimpleNamespace, config: GopoConfig) -> RolloutSpec:
     """What a dialogue needs, from the flags."""
+    metrics = load_rewards(RewardSpec.of(config)).metrics
+    rewards = {EXPERT: config.expert_reward, RESPONDER: config.responder_reward}
+    weights = {role: parse_weights(rewards[role], metrics) for role in config.roles}
+    group = None
+    if config.reply_group > 1:
+        own, weights[RESPONDER] = split_weights(weights[RESPONDER])
+        group = ReplyGroup(config.reply_group, own)
     limits = TokenLimits(
         max_len=args.data.max_len,
         max_turns=config.max_turns,
         reply_max_tokens=config.reply_max_tokens,
         user_timeout=config.user_timeout,
         responder_top_p=args.rollout.top_p,
+        reply_group=group,
     )
-    metrics = load_rewards(RewardSpec.of(config)).metrics
-    rewards = {EXPERT: config.expert_reward, RESPONDER: config.responder_reward}
-    weights = {role: parse_weights(rewards[role], metrics) for role in config.roles}
     return RolloutSpec(policy_spec(args, config), limits, weights, config, args.train.seed)
 
 

@@ -11,6 +11,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience, balance_experience
 
 from openrlhf_gopo.config import EXPERT, GopoConfig
 from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, GOPOExperienceMaker, ResponderExperienceMaker
+from openrlhf_gopo.runtime.reply_groups import ReplyGroupExperienceMaker
 from openrlhf_gopo.runtime.restarts import Restarts
 from openrlhf_gopo.runtime.roles import Role
 from openrlhf_gopo.runtime.samples import DialogueSample
@@ -24,7 +25,8 @@ class Learner(BasePPOTrainer):
         self.role, self.of, self.restarts = role.name, role, restarts
         decides = role.name == EXPERT or config.policy == "single_level"
         groups = (role.actor, role.critic, None, role.reference, self.kl_ctl, role.strategy, tokenizer)
-        maker = ExpertExperienceMaker if role.name == EXPERT else ResponderExperienceMaker
+        of_replies = ReplyGroupExperienceMaker if config.reply_group > 1 else ResponderExperienceMaker
+        maker = ExpertExperienceMaker if role.name == EXPERT else of_replies
         self.experience_maker: GOPOExperienceMaker = maker(
             *groups, role=role.name, num_labels=num_labels if decides else 0, config=config
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -216,7 +216,7 @@ class RoleCriticTrainer(ppo_critic.CriticPPOTrainer):
 
 
 @contextmanager
-def substituted(owner: ModuleType | RolePPOTrainer, **names: Any) -> Iterator[None]:
+def substituted(owner: object, **names: Any) -> Iterator[None]:
     """Replace attributes of ``owner`` for the duration of the block. Each model lives in a process of its own."""
     originals = {name: getattr(owner, name) for name in names}
     vars(owner).update(names)

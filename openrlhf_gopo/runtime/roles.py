@@ -83,7 +83,7 @@ def role_args(args: SimpleNamespace, role: str, config: GopoConfig) -> SimpleNam
             own.actor.entropy_coef = 0.0
         own.vllm.num_engines = config.expert_num_engines or args.vllm.num_engines
         own.vllm.gpu_memory_utilization = config.expert_gpu_memory_utilization or args.vllm.gpu_memory_utilization
-        own.train.batch_size, own.train.max_epochs = batches_of(EXPERT, args, config)
+        own.train.batch_size, own.train.max_epochs = batches_of(args, role, config)
     # One model in both roles is the responder's, and learns as the expert too.
     own.q_weight = config.expert_terms.get("q", 0.0) if role == EXPERT or config.sharing == "shared" else 0.0
     own.ckpt.path = os.path.join(args.ckpt.path, role)

@@ -17,7 +17,9 @@ def rollout_metrics(
     ``rollout/<metric>`` of the trajectories, ``rollout/stop/<reason>`` shares, ``rollout/failures`` a count;
     ``forced_turns`` the share of turns with one allowed strategy, ``masked_labels`` the mean share of labels that the
     SOP ruled out, ``<role>_tokens`` the length of a stream. ``ROLE/staleness``: updates of the role's model between
-    a turn and now; ``rollout/mixed_versions``: share of dialogues that met a change of weights.
+    a turn and now; ``rollout/mixed_versions``: share of dialogues that met a change of weights. With reply groups,
+    ``rollout/reply_best_of_n``: how far the best of a turn's replies is above their mean, and ``rollout/reply_spread``:
+    the share of turns whose replies do not all score alike.
     """
     kept = [s for s in samples if not s.quarantined]
     summary = summarise([s.trajectory for s in samples])
@@ -28,6 +30,7 @@ def rollout_metrics(
     status["rollout/forced_turns"] = sum(turn.forced for turn in turns) / max(len(turns), 1)
     allowed = sum(len(turn.allowed) for turn in turns) / max(len(turns), 1)
     status["rollout/masked_labels"] = 1.0 - allowed / num_labels
+    status |= _of_reply_groups([turn.reply_group for turn in turns if turn.reply_group])
     versions = [turn.version for turn in turns]
     for role in config.roles:
         lengths = [len(s.trajectory.streams[role].tokens) for s in kept]
@@ -37,6 +40,17 @@ def rollout_metrics(
         status[f"{role}/staleness_max"] = float(max(ages.values(), default=0))
     mixed = sum(len({turn.version for turn in s.trajectory.turns}) > 1 for s in kept)
     return status | {"rollout/mixed_versions": mixed / max(len(kept), 1)}
+
+
+def _of_reply_groups(groups: Sequence[Sequence[float]]) -> dict[str, float]:
+    if not groups:
+        return {}
+    gaps = [max(scores) - sum(scores) / len(scores) for scores in groups]
+    apart = [max(scores) > min(scores) for scores in groups]
+    return {
+        "rollout/reply_best_of_n": sum(gaps) / len(groups),
+        "rollout/reply_spread": sum(apart) / len(groups),
+    }
 
 
 def _updated(role: str, step: int, config: GopoConfig) -> bool:

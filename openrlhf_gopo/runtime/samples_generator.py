@@ -180,6 +180,7 @@ class GOPOSamplesGenerator(SamplesGenerator):
             expert_temperature=temperature,
             responder_temperature=temperature,
             probabilities=probabilities,
+            reply_group=None if probabilities else self.spec.limits.reply_group,
         )
 
     def _ask(self, goal: Goal, turn: int, limits: TokenLimits, samples: int) -> Any:

@@ -189,6 +189,16 @@ def test_a_dry_run_says_what_it_checked_and_leaves_nothing(tokenizer, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_tells_of_the_experts_own_steps(tokenizer, capsys) -> None:
+    given = ("--gopo.expert_steps", 16, "--gopo.expert_passes", 2)
+    train_gopo.main(command("--gopo.dry_run", *given, actor__model_name_or_path=tokenizer))
+    said = capsys.readouterr().out.splitlines()
+    assert said[2:4] == [
+        "  expert: 16 optimizer step(s) of 8 dialogues on 1 rank(s), micro-batch 1, lr 1e-06",
+        "  responder: 2 optimizer step(s) of 32 dialogues on 1 rank(s), micro-batch 1, lr 1e-06",
+    ]
+
+
 def test_a_dry_run_tells_of_streams_that_would_not_fit(tokenizer, capsys) -> None:
     train_gopo.main(command("--gopo.dry_run", "--data.max_len", 1800, actor__model_name_or_path=tokenizer))
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  expert: median"))
@@ -205,8 +215,8 @@ def test_a_dry_run_tells_of_streams_that_would_not_fit(tokenizer, capsys) -> Non
         ("--gopo.sharing shared", 3),
         ("--gopo.policy single_level --data.max_len 2048", 3),
         ("--gopo.policy single_level --data.max_len 2048 --algo.advantage.estimator gae", 4),
-        ("--gopo.expert_pg_coef 1 --gopo.expert_pg gae", 7),  # the expert's own critic
-        ("--gopo.expert_pg_coef 1 --gopo.expert_pg gae --algo.advantage.estimator gae", 8),
+        ("--gopo.expert_credit critic=1", 7),  # the expert's own critic
+        ("--gopo.expert_credit critic=1,q=1 --algo.advantage.estimator gae", 8),
         ("--train.colocate_actor_ref", 4),
         ("--train.colocate_all --vllm.gpu_memory_utilization 0.4", 1),
         ("--gopo.expert_num_engines 2 --vllm.tensor_parallel_size 2", 10),
@@ -410,32 +420,47 @@ def test_a_reward_that_fails_is_found_before_anything_starts(tokenizer, tmp_path
             r"--rollout\.n_samples_per_prompt 1: preferences compare trajectories of one goal; give 2 or more",
         ),
         # the objective
-        ("--gopo.pref.coef 0", r"--gopo\.pref\.coef 0\.0: the expert has no term left to learn from; raise it"),
+        ("--gopo.expert_credit q=0,group=0", r"--gopo\.expert_credit q=0,group=0: no term is left to learn from"),
         (
-            "--gopo.pref.pairing listwise --gopo.pref.gap_weight 1",
-            r"--gopo\.pref\.gap_weight 1\.0: belongs to pairs, --gopo\.pref\.pairing listwise has none",
+            "--gopo.expert_credit fame=1",
+            r"--gopo\.expert_credit fame=1: give term=weight,\.\.\., each term once, of preference, "
+            r"decision_preference, q, group, critic; a weight is 0 or more",
         ),
-        ("--gopo.expert_pg_coef -1", r"--gopo\.expert_pg_coef -1\.0: give 0 or more"),
+        ("--gopo.expert_credit q=1,q=2", r"--gopo\.expert_credit q=1,q=2: give term=weight"),
+        ("--gopo.expert_credit group=-1", r"--gopo\.expert_credit group=-1: give term=weight"),
+        ("--gopo.expert_credit group=nan", r"--gopo\.expert_credit group=nan: give term=weight"),
+        ("--gopo.expert_credit group", r"--gopo\.expert_credit group: give term=weight"),
         ("--gopo.schedule_steps 0", r"--gopo\.schedule_steps 0: give 1 or more"),
         (
-            "--gopo.expert_pg_coef 1 --gopo.expert_pg gae --gopo.sharing shared",
-            r"--gopo\.expert_pg gae: a model that both roles share has no critic on decisions",
+            "--gopo.expert_credit critic=1 --gopo.sharing shared",
+            r"--gopo\.expert_credit critic=1: a model that both roles share has no critic on decisions; use group or q",
         ),
         (
             "--gopo.credit turn --reward.overlong_buffer_len 8",
             r"--reward\.overlong_buffer_len 8\.0: shapes the reward of a trajectory, --gopo\.credit turn has one",
         ),
+        # the expert's own steps
         (
-            "--gopo.pref.trust_region exact --gopo.sharing shared",
-            r"--gopo\.sharing shared: not with --gopo\.pref\.trust_region exact",
+            "--gopo.expert_steps 5",
+            r"--gopo\.expert_steps 5: --gopo\.expert_passes 1 over the 64 dialogues of a rollout cannot be cut into as "
+            r"many equal steps of whole micro-batches \(1 dialogues over all ranks\); "
+            r"use one of \[1, 2, 4, 8, 16, 32, 64\]",
+        ),
+        (  # 5 steps would be whole micro-batches, but not of one pass each
+            "--rollout.batch_size 5 --rollout.n_samples_per_prompt 4 --train.batch_size 20 --gopo.expert_steps 5 "
+            "--gopo.expert_passes 2",
+            r"--gopo\.expert_steps 5: --gopo\.expert_passes 2 over the 20 .* use one of \[2, 4, 8, 10, 20, 40\]",
         ),
         (
-            "--gopo.pref.trust_region exact --expert.loss_agg_mode seq-mean-token-mean",
-            r"--expert\.loss_agg_mode: not with --gopo\.pref\.trust_region exact: use token-mean",
+            "--gopo.expert_steps 16 --expert.num_gpus_per_node 2 --train.micro_batch_size 4",
+            r"--gopo\.expert_steps 16: .* \(8 dialogues over all ranks\); use one of \[1, 2, 4, 8\]",
         ),
+        ("--gopo.expert_steps 0", r"--gopo\.expert_steps 0: give 1 or more"),
+        ("--gopo.expert_passes 2", r"--gopo\.expert_passes 2: give --gopo\.expert_steps too"),
+        ("--gopo.expert_steps 4 --gopo.sharing shared", r"--gopo\.expert_steps 4: one model in both roles takes its"),
         (
-            "--gopo.pref.trust_region exact --train.batch_size 4 --train.micro_batch_size 4",
-            r"--train\.batch_size 4: over 1 ranks of the expert it holds no whole number of groups of 8",
+            "--gopo.expert_steps 4 --train.dynamic_batch_enable",
+            r"--gopo\.expert_steps 4: not with --train\.dynamic_batch_enable, which cuts batches by tokens; drop one",
         ),
         # the roles
         # a single-level policy has no expert, so what is set for one is a mistake
@@ -519,13 +544,11 @@ def test_a_reward_that_fails_is_found_before_anything_starts(tokenizer, tmp_path
             r"--gopo\.responder_reward: reward weights 'gre': gre needs a finite number, as in gre=0\.5",
         ),
         ("--gopo.pref.beta 2", r"--gopo\.pref\.beta 2\.0: changes nothing with --gopo\.pref\.reference sampler"),
-        ("--gopo.pref.label_smoothing 0.1", r"--gopo\.pref\.label_smoothing 0\.1: changes nothing with"),
         ("--gopo.pref.beta 0", r"--gopo\.pref\.beta 0\.0: give a positive number"),
-        ("--gopo.pref.label_smoothing 0.5", r"--gopo\.pref\.label_smoothing 0\.5: use \[0, 0\.5\)"),
         ("--gopo.attempts 0", r"--gopo\.attempts 0: give 1 or more"),
         (
-            "--gopo.pref.pairing some",
-            r"argument --gopo\.pref\.pairing: invalid choice: 'some' .* --help lists the",
+            "--gopo.pref.weights some",
+            r"argument --gopo\.pref\.weights: invalid choice: 'some' .* --help lists the",
         ),
         ("--gopo.evn shop", r"unrecognized arguments: --gopo\.evn shop; --help lists the flags"),
         (
@@ -545,6 +568,19 @@ def test_a_reward_that_fails_is_found_before_anything_starts(tokenizer, tmp_path
         (
             "--ds.lora.rank 8 --ds.lora.target_modules all-linear",
             r"--ds\.lora\.target_modules all-linear: leave the flag out for all linear layers, or name modules",
+        ),
+        ("--gopo.reply_group 17", r"--gopo\.reply_group 17: give 2 to 16, or 1 to turn it off"),
+        (
+            "--gopo.reply_group 4 --gopo.responder_reward tse=1",
+            r"--gopo\.reply_group 4: --gopo\.responder_reward tse=1 has nothing that scores one reply; add gre",
+        ),
+        (
+            "--gopo.reply_group 4 --gopo.responder_reward gre=1 --gopo.policy single_level",
+            r"--gopo\.reply_group 4: with --gopo\.responder_reward gre=1 the decisions of single_level earn nothing",
+        ),
+        (
+            "--gopo.reply_group 4 --gopo.responder_reward gre=1 --algo.advantage.estimator gae",
+            r"--gopo\.reply_group 4: with --gopo\.responder_reward gre=1 a critic has nothing to value; add tse",
         ),
         ("--algo.kl.target 6", r"--algo\.kl\.target 6\.0: an adaptive KL coefficient is not supported; drop it"),
         ("--ds.packing_samples", r"--ds\.packing_samples True: on CPU this needs flash-attn and so CUDA; remove it"),

@@ -83,10 +83,10 @@ def train(seed: int, form: str, steps: int) -> list[float]:
 
         old, reference = logprobs(sampler), logprobs(initial)
         weights = turn_weights(len(states), mode="sum").float()
-        pairs = torch.cat([group[preference_pairs(returns[group], pairing="all")] for group in groups])
+        pairs = torch.cat([group[preference_pairs(returns[group])] for group in groups])
         if form == "clip":
             m = trajectory_log_ratio(old, reference, owner, weights, len(returns))
-            coefficients, _ = preference_coefficients(m, returns, groups, pairing="all", beta=BETA)
+            coefficients, _ = preference_coefficients(m, returns, groups, beta=BETA)
             advantages = decision_advantages(coefficients, owner, weights)
         for _ in range(steps if len(pairs) else 0):
             now = logprobs(policy(desk.features))
@@ -95,7 +95,7 @@ def train(seed: int, form: str, steps: int) -> list[float]:
                 loss = -torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages).mean()
             else:
                 m = trajectory_log_ratio(now, reference, owner, weights, len(returns))
-                loss = trajectory_preference_loss(m, returns, pairs, beta=BETA).mean()
+                loss = trajectory_preference_loss(m, pairs, beta=BETA).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

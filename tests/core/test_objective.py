@@ -17,17 +17,16 @@ from openrlhf_gopo.core.preference import (
     turn_weights,
 )
 
-PAIRINGS = ("all", "best_worst", "adjacent", "listwise")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 log_ratio = st.floats(-3, 3)
 few_returns = st.sampled_from([0.0, 0.25, 0.5, 1.0])
 group = st.lists(st.tuples(log_ratio, few_returns), min_size=1, max_size=5)  # (m, R) of each trajectory
 
 
-def coefficients(m, returns, groups=None, pairing="all", beta=0.7, **kwargs):
+def coefficients(m, returns, groups=None, beta=0.7):
     m, returns = torch.as_tensor(m, dtype=torch.float64), torch.as_tensor(returns, dtype=torch.float64)
     groups = [torch.arange(len(m))] if groups is None else groups
-    return preference_coefficients(m, returns, groups, pairing=pairing, beta=beta, **kwargs)
+    return preference_coefficients(m, returns, groups, beta=beta)
 
 
 def four_logprobs(dtype):
@@ -43,10 +42,10 @@ def our_dpo(chosen, rejected, ref_chosen, ref_rejected, **kwargs):
     m = trajectory_log_ratio(logprobs, torch.cat([ref_chosen, ref_rejected]), torch.arange(10), weights, 10)
     returns = torch.tensor([1.0] * 5 + [0.0] * 5, dtype=chosen.dtype)
     pairs = torch.tensor([[i, i + 5] for i in range(5)])
-    loss = trajectory_preference_loss(m, returns, pairs, **kwargs).mean()
+    loss = trajectory_preference_loss(m, pairs, **kwargs).mean()
     (gradient,) = torch.autograd.grad(loss, logprobs)
     groups = list(pairs)
-    ours, metrics = preference_coefficients(m, returns, groups, pairing="all", **kwargs)
+    ours, metrics = preference_coefficients(m, returns, groups, **kwargs)
     assert torch.allclose(-ours.to(gradient.dtype), gradient, rtol=0, atol=TOLERANCE[chosen.dtype])
     assert metrics["pref_loss"] == pytest.approx(loss.item(), abs=TOLERANCE[chosen.dtype])
     return loss, gradient[:5], gradient[5:]
@@ -54,12 +53,11 @@ def our_dpo(chosen, rejected, ref_chosen, ref_rejected, **kwargs):
 
 @pytest.mark.stack
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-def test_one_decision_two_trajectories_is_openrlhfs_dpo(dtype, label_smoothing):
+def test_one_decision_two_trajectories_is_openrlhfs_dpo(dtype):
     platform.activate()
-    upstream = pytest.importorskip("openrlhf.models.loss").DPOLoss(beta=0.3, label_smoothing=label_smoothing)
+    upstream = pytest.importorskip("openrlhf.models.loss").DPOLoss(beta=0.3)
     chosen, rejected, *reference = four_logprobs(dtype)
-    ours = our_dpo(chosen, rejected, *reference, beta=0.3, label_smoothing=label_smoothing)
+    ours = our_dpo(chosen, rejected, *reference, beta=0.3)
     chosen, rejected = chosen.requires_grad_(True), rejected.requires_grad_(True)
     loss = upstream(chosen, rejected, *reference)[0]
     for mine, theirs in zip(ours, (loss, *torch.autograd.grad(loss, (chosen, rejected))), strict=True):
@@ -89,28 +87,13 @@ def test_one_decision_two_trajectories_is_trls_dpo(dtype):
         assert torch.allclose(mine, theirs, rtol=0, atol=TOLERANCE[dtype])
 
 
-def test_listwise_coefficients_by_hand():
-    # L = -1/2 [m0 - lse(m0, m1, m2) + m1 - lse(m1, m2)]; at m = 0 the two softmaxes are 1/3 each and 1/2 each.
-    # c = -dL/dm = 1/2 (1 - 1/3, -1/3 + 1 - 1/2, -1/3 - 1/2) = (1/3, 1/12, -5/12)
-    c, _ = coefficients([0.0] * 3, [3.0, 2.0, 1.0], pairing="listwise", beta=1.0)
-    assert c.tolist() == pytest.approx([1 / 3, 1 / 12, -5 / 12])
-
-
-def test_label_smoothing_and_offset_in_the_coefficients_by_hand():
-    # x = 2 (0.75 - 0.25) - 0.5 (3 - 1) = 0, sigmoid(0) = 1/2: c = beta [(1 - eps) 1/2 - eps 1/2] = 2 (0.45 - 0.05)
-    c, _ = coefficients([0.75, 0.25], [3.0, 1.0], beta=2.0, label_smoothing=0.1, offset=0.5)
-    assert c.tolist() == pytest.approx([0.8, -0.8])
-
-
-@given(
-    st.lists(st.tuples(few_returns, st.lists(log_ratio, min_size=1, max_size=4)), min_size=1), st.sampled_from(PAIRINGS)
-)
+@given(st.lists(st.tuples(few_returns, st.lists(log_ratio, min_size=1, max_size=4)), min_size=1))
 @settings(max_examples=60, deadline=None)
-def test_ties_alone_pull_nowhere_and_are_counted(flat_groups, pairing):
+def test_ties_alone_pull_nowhere_and_are_counted(flat_groups):
     m = [value for _, values in flat_groups for value in values]
     returns = [tied for tied, values in flat_groups for _ in values]
     groups = list(torch.arange(len(m)).split([len(values) for _, values in flat_groups]))
-    c, metrics = coefficients(m, returns, groups, pairing)
+    c, metrics = coefficients(m, returns, groups)
     assert c.tolist() == [0.0] * len(m)
     assert decision_advantages(c, torch.arange(len(m)), torch.ones(len(m))).tolist() == [0.0] * len(m)
     assert metrics["pref_groups_without_spread"] == len(groups)
@@ -118,24 +101,22 @@ def test_ties_alone_pull_nowhere_and_are_counted(flat_groups, pairing):
     assert metrics["pref_accuracy"] == 0.5
 
 
-@given(log_ratio, log_ratio, st.sampled_from(PAIRINGS), st.floats(0, 0.4))
+@given(log_ratio, log_ratio)
 @settings(max_examples=60, deadline=None)
-def test_swapping_winner_and_loser_flips_the_sign(m_first, m_second, pairing, eps):
-    # c_first = beta [(1-eps) s(-x) - eps s(x)] when it wins and -beta [(1-eps) s(x) - eps s(-x)] when it loses:
-    # with s(x) + s(-x) = 1 the two differ by beta (1 - 2 eps), whatever the policy has learnt.
-    eps = 0.0 if pairing == "listwise" else eps
-    wins, _ = coefficients([m_first, m_second], [1.0, 0.0], pairing=pairing, label_smoothing=eps)
-    loses, _ = coefficients([m_first, m_second], [0.0, 1.0], pairing=pairing, label_smoothing=eps)
-    assert (wins - loses).tolist() == pytest.approx([0.7 * (1 - 2 * eps), -0.7 * (1 - 2 * eps)])
-    if eps == 0:
-        assert wins[0] > 0 > loses[0]
+def test_swapping_winner_and_loser_flips_the_sign(m_first, m_second):
+    # c_first = beta s(-x) when it wins and -beta s(x) when it loses: with s(x) + s(-x) = 1 the two differ by beta,
+    # whatever the policy has learnt.
+    wins, _ = coefficients([m_first, m_second], [1.0, 0.0])
+    loses, _ = coefficients([m_first, m_second], [0.0, 1.0])
+    assert (wins - loses).tolist() == pytest.approx([0.7, -0.7])
+    assert wins[0] > 0 > loses[0]
 
 
-@given(st.lists(st.integers(0, 50), min_size=2, max_size=6, unique=True), st.sampled_from(PAIRINGS[:3]))
+@given(st.lists(st.integers(0, 50), min_size=2, max_size=6, unique=True))
 @settings(max_examples=60, deadline=None)
-def test_at_the_sampler_the_opposite_preferences_have_the_opposite_gradient(returns, pairing):
-    straight, _ = coefficients([0.0] * len(returns), returns, pairing=pairing)
-    opposite, _ = coefficients([0.0] * len(returns), [-r for r in returns], pairing=pairing)
+def test_at_the_sampler_the_opposite_preferences_have_the_opposite_gradient(returns):
+    straight, _ = coefficients([0.0] * len(returns), returns)
+    opposite, _ = coefficients([0.0] * len(returns), [-r for r in returns])
     assert torch.allclose(straight, -opposite, rtol=0, atol=1e-12)
     assert straight.abs().max() > 0
 
@@ -155,7 +136,7 @@ def test_forced_turns_have_no_gradient(sizes, seed):
         logprobs, _ = masked_categorical_logprobs(logits, allowed)
         logprobs = chosen_logprobs(logprobs, allowed, torch.zeros(len(rows), dtype=torch.long))
         m = trajectory_log_ratio(logprobs, torch.zeros_like(logprobs), owner[rows], torch.ones(len(rows)), 2)
-        loss = trajectory_preference_loss(m, torch.tensor([1.0, 0.0]), torch.tensor([[0, 1]]), beta=0.7).mean()
+        loss = trajectory_preference_loss(m, torch.tensor([[0, 1]]), beta=0.7).mean()
         return torch.autograd.grad(loss, logits)[0]
 
     everything = gradient(torch.arange(len(sizes)))
@@ -164,17 +145,15 @@ def test_forced_turns_have_no_gradient(sizes, seed):
     assert torch.allclose(everything[~forced], gradient((~forced).nonzero().flatten()), rtol=0, atol=1e-12)
 
 
-@given(group, st.lists(st.booleans(), min_size=5, max_size=5), st.sampled_from(PAIRINGS))
+@given(group, st.lists(st.booleans(), min_size=5, max_size=5))
 @settings(max_examples=60, deadline=None)
-def test_a_quarantined_trajectory_gets_nothing_and_moves_nothing(trajectories, flags, pairing):
+def test_a_quarantined_trajectory_gets_nothing_and_moves_nothing(trajectories, flags):
     m, returns = (torch.tensor(column, dtype=torch.float64) for column in zip(*trajectories, strict=True))
     quarantined = torch.tensor(flags[: len(m)])
     kept = (~quarantined).nonzero().flatten()
-    alone, expected = coefficients(m[kept], returns[kept], pairing=pairing)
+    alone, expected = coefficients(m[kept], returns[kept])
     # Its return and log-ratio are whatever the failure left behind.
-    c, metrics = coefficients(
-        m.masked_fill(quarantined, 1e9), returns.masked_fill(quarantined, float("nan")), [kept], pairing
-    )
+    c, metrics = coefficients(m.masked_fill(quarantined, 1e9), returns.masked_fill(quarantined, float("nan")), [kept])
     assert (c[quarantined] == 0).all()
     assert torch.equal(c[kept], alone)
     assert metrics == expected
@@ -192,17 +171,17 @@ def test_shards_by_hand():
     assert (3 / 4 * alone[0][0] + 1 / 4 * alone[1][0]).tolist() == pytest.approx(c.tolist())
 
 
-@given(st.lists(group, min_size=2, max_size=5), st.sampled_from(PAIRINGS), st.data())
+@given(st.lists(group, min_size=2, max_size=5), st.data())
 @settings(max_examples=60, deadline=None)
-def test_two_ranks_sum_to_one_big_batch(groups, pairing, data):
+def test_two_ranks_sum_to_one_big_batch(groups, data):
     """Each rank its own groups, its mean weighted by its share of all terms: the sum is the batch's gradient."""
     ranks = [data.draw(st.integers(0, 1)) for _ in groups]
     m, returns = zip(*[trajectory for trajectories in groups for trajectory in trajectories], strict=True)
     indices = list(torch.arange(len(m)).split([len(trajectories) for trajectories in groups]))
 
     def shard(mine):
-        c, metrics = coefficients(m, returns, mine, pairing)
-        return c, metrics["pref_terms"], metrics["pref_loss"]
+        c, metrics = coefficients(m, returns, mine)
+        return c, metrics["pref_pairs"], metrics["pref_loss"]
 
     whole, terms, loss = shard(indices)
     parts = [shard([g for g, rank in zip(indices, ranks, strict=True) if rank == r]) for r in (0, 1)]

@@ -63,9 +63,9 @@ def test_coefficients_are_the_gradient_of_the_written_loss():
     (gradient,) = torch.autograd.grad(loss, logprobs)
 
     units = Units(owner, weights, returns, groups, imitated)
-    options = {"pref_coef": 0.7, "sft_coef": 0.3, "pairing": "all", "beta": 2.0}
+    options = {"pref_coef": 0.7, "sft_coef": 0.3, "beta": 2.0}
     p, s, metrics = action_coefficients(logprobs, reference, units, **options)
     assert torch.allclose(-(p + s), gradient, atol=1e-12)
     assert float(gradient.abs().min()) == 0  # the pair of equal returns, not imitated
-    assert (metrics["pref_terms"], metrics["sft_terms"], metrics["pref_groups_without_spread"]) == (3, 4, 1)
+    assert (metrics["pref_pairs"], metrics["sft_terms"], metrics["pref_groups_without_spread"]) == (3, 4, 1)
     assert metrics["pref_loss"] == pytest.approx(float(preference.detach()))

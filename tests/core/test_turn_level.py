@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openrlhf_gopo.core.turn_level import gae, group_baseline, returns_to_go, unit_scale
+from openrlhf_gopo.core.turn_level import gae, returns_to_go, turn_advantages, unit_scale
 
 
 def t(*values):
@@ -44,35 +44,49 @@ def test_gae_is_the_written_sum(lengths, gamma, lambd, seed):
 
 
 GROUPS = [torch.tensor([0, 1]), torch.tensor([2])]
-SCORES, LENGTHS = t(3, 1, 5, 7), [2, 1, 1]  # dialogues (3, 1), (5) of one goal; (7) alone
+REWARDS = [[2, 1], [5], [7]]  # dialogues (2, 1), (5) of one goal; (7) alone. Returns to go (3, 1), (5); (7)
 
 
 @pytest.mark.parametrize(
     ("estimator", "expected"),
     [
-        # The first group's mean is 3, its standard deviation (over n - 1) 2; a single action has no spread.
-        ("group_norm", (0, -1, 1, 0)),
-        ("reinforce_baseline", (0, -2, 2, 0)),
-        ("dr_grpo", (0, -2, 2, 0)),
-        # Less the mean of the other dialogues of the goal: 5, and (3 + 1)/2; the last has no other.
-        ("rloo", (-2, -4, 3, 7)),
-        ("flash_reinforce", (-1, -3, 1, 3)),  # the batch's mean is 4
-        ("reinforce", (3, 1, 5, 7)),
+        # Turn 0: 3 and 5, each less the other. Turn 1: 1 against 0 of the dialogue that has ended, whose own action
+        # there, which no turn carried out, is judged against 1. The last dialogue has nothing to be compared with.
+        *[(name, ((-2, 1, 0), (2, -1), (7, 0))) for name in ("rloo", "reinforce_baseline", "dr_grpo")],
+        # Over the standard deviation (over n - 1) of 3, 1, 5: 2; a single turn has no spread.
+        ("group_norm", ((-1, 0.5, 0), (1, -0.5), (0, 0))),
+        ("flash_reinforce", ((-1, -3, -4), (1, -4), (3, -4))),  # the batch's mean is 4
+        ("reinforce", ((3, 1, 0), (5, 0), (7, 0))),
     ],
 )
-def test_group_baseline_by_hand(estimator, expected):
-    found = group_baseline(SCORES, LENGTHS, GROUPS, estimator=estimator)
-    assert torch.allclose(found, t(*expected), rtol=0, atol=1e-8)
+def test_turn_advantages_by_hand(estimator, expected):
+    found = turn_advantages(REWARDS, GROUPS, estimator=estimator)
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(mine, t(*theirs), rtol=0, atol=1e-8)
+
+
+def test_three_dialogues_and_a_discount_by_hand():
+    # gamma 1/2: to go (1 + 2/2, 2), (4), (6 + 0/2, 0): turn 0 less the mean of the two others: 2 - 5, 4 - 4, 6 - 3;
+    # turn 1: 2 - 0, 0 - 1 (nobody carried it out), 0 - 1; after the last turn nothing is to come.
+    found = turn_advantages([[1, 2], [4], [6, 0]], [torch.arange(3)], gamma=0.5)
+    assert [row.tolist() for row in found] == [[-3, 2, 0], [0, -1], [3, -1, 0]]
 
 
 def test_a_quarantined_dialogue_moves_nothing_and_gets_nothing():
-    with_failure = group_baseline(t(3, 1, 5, 7, 100), [2, 1, 1, 1], GROUPS, estimator="group_norm")
-    assert torch.allclose(with_failure, t(0, -1, 1, 0, 0), rtol=0, atol=1e-8)
+    found = turn_advantages([*REWARDS, []], GROUPS, estimator="group_norm")
+    for mine, theirs in zip(found, turn_advantages(REWARDS, GROUPS, estimator="group_norm"), strict=False):
+        assert torch.equal(mine, theirs)
+    assert found[3].tolist() == [0.0]
+    # With a log of what was played before it failed: still nothing.
+    assert turn_advantages([*REWARDS, [100.0]], GROUPS, estimator="group_norm")[3].tolist() == [0.0, 0.0]
+    none = turn_advantages([[], []], [torch.tensor([], dtype=torch.long)])
+    assert [row.tolist() for row in none] == [[0.0], [0.0]]
 
 
 def test_an_unknown_estimator_is_an_error():
     with pytest.raises(ValueError, match="nosuch"):
-        group_baseline(SCORES, LENGTHS, GROUPS, estimator="nosuch")
+        turn_advantages(REWARDS, GROUPS, estimator="nosuch")
 
 
 def test_unit_scale():

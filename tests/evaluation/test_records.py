@@ -42,6 +42,7 @@ turns = st.builds(
     forced=st.booleans(),
     reply_cut=st.booleans(),
     invalid=st.none() | st.booleans(),
+    reply_group=st.lists(numbers, max_size=3).map(tuple),
 )
 streams = st.builds(
     Stream,

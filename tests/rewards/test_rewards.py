@@ -15,7 +15,7 @@ from openrlhf_gopo import rewards
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.errors import ConfigError, DialogueError
 from openrlhf_gopo.evaluation.scripted import demonstrations
-from openrlhf_gopo.rewards import ndcg, text
+from openrlhf_gopo.rewards import text
 from openrlhf_gopo.rewards.joint import METRICS, joint, parse_weights, score
 from openrlhf_gopo.rewards.ndcg import esndcg
 from openrlhf_gopo.rewards.response import no_repetition, response_scores
@@ -361,7 +361,8 @@ def test_no_metric_depends_on_what_ids_are_called(found, names, kappa):
 def test_the_best_choices_score_one_exactly():
     """Grades whose shares of the denominator round to more than 1 in all."""
     graded = [turn(strategy="b", relevance={"a": 0, "b": grade}) for grade in (2, 3, 2, 2, 1)]
-    assert sum(ndcg.gains(dialogue(*graded))) > 1.0
+    possible = sum(one.relevance["b"] / math.log2(t + 2) for t, one in enumerate(graded))
+    assert sum(one.relevance["b"] / math.log2(t + 2) / possible for t, one in enumerate(graded)) > 1.0
     assert esndcg(dialogue(*graded)) == 1.0
 
 

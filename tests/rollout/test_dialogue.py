@@ -139,10 +139,10 @@ class Engine:
         self.calls.append((role, list(tokens), sampling))
         number = len(self.calls)
         if sampling.allowed is not None:
-            return Generation([self.choose(sampling.allowed)], [-float(number)])
+            return [Generation([self.choose(sampling.allowed)], [-float(number)])]
         ids = self.policy.responder.tokenizer.encode(self.reply or f"re:{number}", add_special_tokens=False)
         sampled = [*ids, sampling.stop_token][: sampling.max_tokens]
-        return Generation(sampled, [-number - i / 64 for i in range(len(sampled))])
+        return [Generation(sampled, [-number - i / 64 for i in range(len(sampled))])]
 
 
 LIMITS = TokenLimits(max_len=2000, max_turns=9, reply_max_tokens=16, user_timeout=5.0)

@@ -57,7 +57,7 @@ def _one_process(cls, actor, *, q_weight=0.0, accumulated_gradient=1, epochs=1, 
         q_weight=q_weight,
         train=SimpleNamespace(max_epochs=epochs, dynamic_batch_enable=False, enable_ema=False),
         ds=SimpleNamespace(packing_samples=False, tensor_parallel_size=1),
-        actor=SimpleNamespace(entropy_coef=None, aux_loss_coef=0),
+        actor=SimpleNamespace(entropy_coef=None, aux_loss_coef=0, eps_clip_low_high=(0.2, 0.2)),
         algo=SimpleNamespace(kl=SimpleNamespace(use_loss=False, init_coef=0)),
     )
     trainer = object.__new__(cls)
@@ -67,4 +67,6 @@ def _one_process(cls, actor, *, q_weight=0.0, accumulated_gradient=1, epochs=1, 
     trainer.actor_scheduler = SimpleNamespace(get_last_lr=lambda: [0.1])
     trainer.aux_loss, trainer.max_epochs, trainer.dataloader_pin_memory = False, epochs, False
     trainer.replay_buffer = NaiveReplayBuffer(batch_size, 0, True)
+    if q_weight:
+        trainer.add_term()
     return trainer

@@ -85,7 +85,7 @@ def advantages(
     maker._samples = samples
     experiences = []
     for i, sample in enumerate(samples):
-        experience = to_experience(sample, role, 2 if role == EXPERT else 0)
+        experience = to_experience(sample, role, 2)
         shape = experience.action_mask.shape
         experience.index = [i]
         experience.action_log_probs = torch.zeros(shape)
@@ -138,10 +138,10 @@ def test_rounding_is_not_told_of_nor_is_a_batch_without_actions(monkeypatch):
 
 
 def test_a_reply_is_credited_with_what_came_after_it():
-    # Returns to go: (1, 0.6) and (0.4, 0.4); their mean is 0.6. Two tokens a reply.
+    # Returns to go: (1, 0.6) and (0.4, 0.4), each less the other dialogue's at that turn. Two tokens a reply.
     found, _ = advantages(ResponderExperienceMaker, RESPONDER, [BOTH, HALF], estimator="dr_grpo", credit="turn")
-    assert found[0] == pytest.approx([0.4, 0.4, 0.0, 0.0])
-    assert found[1] == pytest.approx([-0.2] * 4)
+    assert found[0] == pytest.approx([0.6, 0.6, 0.2, 0.2])
+    assert found[1] == pytest.approx([-0.6, -0.6, -0.2, -0.2])
 
 
 def test_trajectory_credit_is_upstreams():
@@ -183,7 +183,7 @@ def test_reinforce_alone_discounts_from_reply_to_reply():
     assert found[0] == pytest.approx([0.225, 0.225, 0.125, 0.125])
     assert found[1] == pytest.approx([-0.275, -0.275, -0.075, -0.075])
     found, _ = advantages(ResponderExperienceMaker, RESPONDER, [BOTH, HALF], estimator="dr_grpo", **options)
-    assert found[0] == pytest.approx([0.4, 0.4, 0.0, 0.0])
+    assert found[0] == pytest.approx([0.6, 0.6, 0.2, 0.2])
 
 
 def test_a_failed_dialogue_moves_no_mean_with_length_penalties_either():
@@ -194,33 +194,72 @@ def test_a_failed_dialogue_moves_no_mean_with_length_penalties_either():
     assert [float(e.info["reward"]) for e in made] == [1.0, 0.0, 0.5]
 
 
-def test_the_turn_term_of_the_expert():
-    # Returns to go (1, 0.6) and (0.4, 0.4) less their mean 0.6: (0.4, 0), (-0.2, -0.2), over their root mean square.
-    scale = ((0.16 + 0.04 + 0.04) / 4) ** 0.5
-    found, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], pref_coef=0.0, expert_pg_coef=2.0)
-    assert found[0] == pytest.approx([0.8 / scale, 0.0])
-    assert found[1] == pytest.approx([-0.4 / scale] * 2)
+def test_the_group_term_of_the_expert():
+    # Returns to go (1, 0.6) less (0.4, 0.4), and the other way round, over their root mean square, sqrt(0.2).
+    found, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], expert_credit="group=2")
+    assert found[0] == pytest.approx([1.2 / 0.2**0.5, 0.4 / 0.2**0.5])
+    assert found[1] == pytest.approx([-1.2 / 0.2**0.5, -0.4 / 0.2**0.5])
 
 
-def test_both_terms_add_up():
-    preference, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF])
-    turns, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], pref_coef=0.0, expert_pg_coef=1.0)
-    both, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], pref_coef=3.0, expert_pg_coef=0.5)
+def test_the_terms_add_up():
+    preference, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], expert_credit="preference=1")
+    turns, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], expert_credit="group=1")
+    both, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], expert_credit="preference=3,group=0.5")
     assert preference[0] == pytest.approx([1.0, 1.0])
     assert preference[1] == pytest.approx([-1.0, -1.0])
     for i in range(2):
         assert both[i] == pytest.approx([3 * p + 0.5 * t for p, t in zip(preference[i], turns[i], strict=True)])
 
 
+def labelled(sample, *labels):
+    """``sample`` with these labels chosen."""
+    stream = sample.trajectory.streams[EXPERT]
+    for (start, _), label in zip(stream.spans, labels, strict=True):
+        stream.tokens[start] = label
+    return sample
+
+
+def test_the_decision_preference_term_compares_the_decisions_of_a_turn():
+    # Turn 0: 9 with 1 to come against 10 with 0.4: 1/2 and -1/2. Turn 1: both chose 10, so there is no pair. The root
+    # mean square of (1/2, 0, -1/2, 0) is sqrt(1/8).
+    samples = [labelled(dialogue(("find",), ("refund",)), 9, 10), labelled(dialogue((), ("find",)), 10, 10)]
+    found, _ = advantages(ExpertExperienceMaker, EXPERT, samples, expert_credit="decision_preference=1")
+    assert found == [pytest.approx([2**0.5, 0.0]), pytest.approx([-(2**0.5), 0.0])]
+
+
+def test_a_turn_that_no_turn_carried_out_is_compared_with_nothing():
+    samples = [labelled(with_a_decision_too_many(), 10, 9), labelled(dialogue(("find",), ("refund",)), 9, 10)]
+    found, _ = advantages(ExpertExperienceMaker, EXPERT, samples, expert_credit="decision_preference=1")
+    assert found == [pytest.approx([-(2**0.5), 0.0]), pytest.approx([2**0.5, 0.0])]
+
+
+def test_q_gets_the_returns_to_go_and_leaves_the_advantages_alone():
+    found, made = advantages(ExpertExperienceMaker, EXPERT, [BOTH, quarantined(), HALF], expert_credit="q=1")
+    assert found == [[0.0, 0.0], [], [0.0, 0.0]]
+    assert [e.mm_train_inputs[0]["togo"].tolist() for e in made] == [
+        pytest.approx([1.0, 0.6]),
+        [],
+        pytest.approx([0.4, 0.4]),
+    ]
+    beside, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], expert_credit="q=1,group=1")
+    alone, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], expert_credit="group=1")
+    assert beside == alone
+
+
 def test_the_reward_of_a_forced_turn_belongs_to_the_decision_before_it():
     sample = dialogue((), ("find",), ("refund",), forced=(1,))
-    assert sample.earned[EXPERT] == pytest.approx([0.4, 0.6])
-    assert sample.earned[RESPONDER] == pytest.approx([0.0, 0.4, 0.6])
+    assert sample.earned[EXPERT] == pytest.approx([0.0, 0.4, 0.6])
+    _, made = advantages(ExpertExperienceMaker, EXPERT, [sample, BOTH], expert_credit="q=1")
+    assert made[0].mm_train_inputs[0]["togo"].tolist() == pytest.approx([1.0, 0.6])  # of turns 0 and 2
+    # V = 0, lambda 0: what the critic's decisions earned until the next one.
+    options = {"values": 0.0, "lambd": 0.0, "expert_credit": "critic=1"}
+    _, made = advantages(ExpertExperienceMaker, EXPERT, [sample, BOTH], **options)
+    assert made[0].returns[made[0].action_mask.bool()].tolist() == pytest.approx([0.4, 0.6])
 
 
 def test_gae_of_decisions_and_the_critics_targets():
     # V = 0.2 everywhere, gamma 1, lambda 0: A = r + V' - V: (0.4, 0.6 - 0.2), (0, 0.4 - 0.2); targets A + V.
-    options = {"values": 0.2, "lambd": 0.0, "pref_coef": 0.0, "expert_pg_coef": 1.0, "expert_pg": "gae"}
+    options = {"values": 0.2, "lambd": 0.0, "expert_credit": "critic=1"}
     found, made = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], **options)
     centred = [0.4 - 0.25, 0.4 - 0.25, 0.0 - 0.25, 0.2 - 0.25]
     scale = (sum(a * a for a in centred) / 4) ** 0.5
@@ -245,23 +284,18 @@ def planned(*completed):
 
 
 def test_a_plan_weighs_what_the_label_after_it_weighs():
-    """dmpo weights of two turns at g = 0.5: 1 and 0.5 (1 - 0.5) / (1 - 0.25) = 1/3, each for all tokens of its turn's
-    action: a plan of two words and its label."""
-    found, _ = advantages(
-        ExpertExperienceMaker,
-        EXPERT,
-        [planned(("find",), ("refund",)), planned((), ("find",))],
-        pref_weights="dmpo",
-        pref_discount=0.5,
-    )
-    scale = ((1 + 1 / 9) / 2) ** 0.5
-    assert found[0] == pytest.approx([1 / scale] * 3 + [1 / 3 / scale] * 3)
-    assert found[1] == pytest.approx([-1 / scale] * 3 + [-1 / 3 / scale] * 3)
+    """Mean weights: 1/2 of two turns, 1 of one, each for all tokens of its turn's action, a plan of two words and its
+    label. Of six halves and three ones the mean square is 1/2."""
+    samples = [planned(("find",), ("refund",)), planned(("find",))]
+    options = {"expert_credit": "preference=1", "pref_weights": "mean"}
+    found, _ = advantages(ExpertExperienceMaker, EXPERT, samples, **options)
+    assert found == [pytest.approx([0.5 * 2**0.5] * 6), pytest.approx([-(2**0.5)] * 3)]
 
 
-@pytest.mark.parametrize("critic", [{}, {"values": 0.2, "lambd": 0.0, "expert_pg": "gae"}])
-def test_a_plan_earns_what_the_label_after_it_earns(critic):
-    options = {"pref_coef": 0.0, "expert_pg_coef": 1.0, **critic}
+@pytest.mark.parametrize(
+    "options", [{"expert_credit": "group=1"}, {"values": 0.2, "lambd": 0.0, "expert_credit": "critic=1"}]
+)
+def test_a_plan_earns_what_the_label_after_it_earns(options):
     plain, made = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], **options)
     found, again = advantages(
         ExpertExperienceMaker, EXPERT, [planned(("find",), ("refund",)), planned((), ("find",))], **options
@@ -272,7 +306,7 @@ def test_a_plan_earns_what_the_label_after_it_earns(critic):
         assert other.returns[other.action_mask.bool()].tolist() == pytest.approx([t for t in targets for _ in range(3)])
 
 
-@pytest.mark.parametrize("options", [{}, {"pref_coef": 0.0, "expert_pg_coef": 1.0}])
+@pytest.mark.parametrize("options", [{"expert_credit": f"{term}=1"} for term in ("preference", "group")])
 def test_a_quarantined_dialogue_changes_nothing_for_the_others(options):
     without, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, HALF], **options)
     beside, _ = advantages(ExpertExperienceMaker, EXPERT, [BOTH, quarantined(), HALF], **options)
@@ -280,11 +314,20 @@ def test_a_quarantined_dialogue_changes_nothing_for_the_others(options):
     assert beside[0] + beside[2] == pytest.approx(without[0] + without[1])
 
 
-def test_a_decision_that_no_turn_carried_out_earns_nothing():
+def with_a_decision_too_many():
+    """One turn, and a label after it for which there was no room."""
     sample = dialogue(("find",))
     stream = sample.trajectory.streams[EXPERT]
     stream.tokens += [1, 7, 9]
     stream.logprobs += [0.0] * 3
     stream.spans.append((6, 7))
     stream.allowed.append([9, 10])
-    assert DialogueSample.of(sample.trajectory, WEIGHTS).earned[EXPERT] == pytest.approx([0.4, 0.0])
+    return DialogueSample.of(sample.trajectory, WEIGHTS)
+
+
+def test_a_decision_that_no_turn_carried_out_earns_nothing():
+    sample = with_a_decision_too_many()
+    assert sample.earned[EXPERT] == pytest.approx([0.4])
+    # Its return to go is 0, against 0.6 of the other at that turn: (0.4 - 1, 0 - 0.6), both of one size.
+    found, _ = advantages(ExpertExperienceMaker, EXPERT, [sample, BOTH], expert_credit="group=1")
+    assert found == [pytest.approx([-1.0, -1.0]), pytest.approx([1.0, 1.0])]

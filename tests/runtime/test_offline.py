@@ -192,7 +192,7 @@ def test_ranks_and_accuracies_by_hand():
         n = len(s.unit)
         s.reference = torch.full((n,), reference)
         scored.append((torch.full((n,), logprob), torch.tensor([1, 4, 2][:n])))
-    values = judge(samples, scored, OfflineConfig())
+    values = judge(samples, scored)
     # m: 0.5, 1.0, -0.1; the pairs (1,0) and (1,2) are right, (2,0) is not.
     assert values["pref_accuracy"] == {0: 0.5, 1: 1.0, 2: 0.5}
     # By log pi alone 1 is the worst: (1,0) and (1,2) are wrong, (2,0) is right.

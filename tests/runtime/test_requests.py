@@ -3,9 +3,12 @@
 import asyncio
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
+
+from vllm.sampling_params import RequestOutputKind
 
 from openrlhf_gopo.rollout.engine import Sampling
-from openrlhf_gopo.runtime.agent import AgentExecutor, sampling_params
+from openrlhf_gopo.runtime.agent import AgentExecutor, _local, sampling_params
 from openrlhf_gopo.runtime.requests import DialogueRequest
 from openrlhf_gopo.types import Goal
 
@@ -36,6 +39,37 @@ def test_without_determinism_the_engine_draws_by_itself():
     assert list(islice(replace(REQUEST, deterministic=False).sampling_seeds(0, "expert"), 2)) == [None, None]
     assert sampling_params(Sampling(1), None).seed is None
     assert sampling_params(Sampling(1), 5).seed == 5
+
+
+class Asked:
+    """vLLM's engine: what it is asked, and ``n`` continuations that tell which call and which of the n they are."""
+
+    def __init__(self):
+        self.params = []
+
+    async def generate(self, tokens, params):
+        self.params.append(params)
+        logprobs = [{7: SimpleNamespace(logprob=-0.5)}]
+        call = [SimpleNamespace(token_ids=[7], logprobs=logprobs) for _ in range(params.n)]
+        return SimpleNamespace(outputs=call)
+
+
+def test_one_call_draws_several_and_returns_them_together():
+    engine = Asked()
+    seeds = replace(REQUEST, deterministic=False).sampling_seeds(0, "responder")
+    drawn = asyncio.run(_local(engine, seeds)([1, 2], Sampling(4, n=3)))
+    assert [(one.tokens, one.logprobs) for one in drawn] == [([7], [-0.5])] * 3
+    assert [(p.n, p.seed, p.output_kind) for p in engine.params] == [(3, None, RequestOutputKind.FINAL_ONLY)]
+    assert sampling_params(Sampling(4)).output_kind is RequestOutputKind.CUMULATIVE
+
+
+def test_deterministic_replies_are_drawn_one_after_the_other_from_the_seed_of_the_call():
+    engine = Asked()
+    generate = _local(engine, REQUEST.sampling_seeds(0, "responder"))
+    for n in (3, 1):
+        assert len(asyncio.run(generate([1, 2], Sampling(4, n=n)))) == n
+    first, second = islice(REQUEST.sampling_seeds(0, "responder"), 2)
+    assert [(p.n, p.seed) for p in engine.params] == [(1, first), (1, first + 1), (1, first + 2), (1, second)]
 
 
 class Watched(AgentExecutor):

@@ -177,11 +177,11 @@ def test_first_clipped_step_has_the_gradient_of_the_preference_loss(actor):
 
     now = logprobs()
     m = trajectory_log_ratio(now[mask == 1].double(), now[mask == 1].detach().double(), owner, weights, 3)
-    pairs = preference_pairs(returns, pairing="all")
-    loss = trajectory_preference_loss(m, returns, pairs, beta=0.5).mean()
+    pairs = preference_pairs(returns)
+    loss = trajectory_preference_loss(m, pairs, beta=0.5).mean()
     exact = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
 
-    c, _ = preference_coefficients(m, returns, [torch.arange(3)], pairing="all", beta=0.5)
+    c, _ = preference_coefficients(m, returns, [torch.arange(3)], beta=0.5)
     advantages = torch.zeros(mask.shape, dtype=torch.float64)
     advantages[mask == 1] = decision_advantages(c, owner, weights)
     clipped = PolicyLoss()(now, now.detach(), advantages, action_mask=mask)[0]

@@ -152,3 +152,17 @@ def test_staleness_counts_the_updates_of_each_role(tmp_path):
     assert shared["expert/staleness_max"] == shared["responder/staleness_max"] == 3.0  # one model, that of every step
     samples[0].trajectory.turns[-1].version = 2
     assert rollout_metrics(samples, GopoConfig(env="shop"), 30, 4)["rollout/mixed_versions"] == 0.5
+
+
+def test_what_reply_groups_offered(tmp_path):
+    """Turns with (0.5, 1, 0), best 1 above mean 0.5; (0.2, 0.2), alike; and one that drew a single reply."""
+    env = load_environment("shop")
+    goal = env.goals("train")[0]
+    trajectory = play(env, goal, 0, 0, ScriptedPolicy(1.0))
+    trajectory.streams = {role: SimpleNamespace(tokens=[1, 2]) for role in WEIGHTS}
+    samples = [DialogueSample(trajectory, {}, {})]
+    assert not any("reply_" in name for name in rollout_metrics(samples, GopoConfig(env="shop"), 30, 4))
+    trajectory.turns[0].reply_group, trajectory.turns[1].reply_group = (0.5, 1.0, 0.0), (0.2, 0.2)
+    found = rollout_metrics(samples, GopoConfig(env="shop", reply_group=3), 30, 4)
+    assert found["rollout/reply_best_of_n"] == pytest.approx(0.25)
+    assert found["rollout/reply_spread"] == 0.5

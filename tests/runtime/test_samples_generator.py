@@ -1,7 +1,7 @@
 """The samples generator's share of upstream's loop; whole rollouts are in tests/e2e."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +14,7 @@ from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 from openrlhf_gopo.config import GopoConfig
 from openrlhf_gopo.errors import DialogueError
 from openrlhf_gopo.evaluation.records import read_trajectories
-from openrlhf_gopo.rollout.sampled import TokenLimits
+from openrlhf_gopo.rollout.sampled import ReplyGroup, TokenLimits
 from openrlhf_gopo.runtime.requests import DialogueRequest
 from openrlhf_gopo.runtime.restarts import Restarts
 from openrlhf_gopo.runtime.samples_generator import GoalDataset, GOPOSamplesGenerator, RolloutSpec
@@ -139,3 +139,12 @@ def test_training_has_common_random_numbers(tmp_path):
     (request,) = engine.asked
     assert len({request.dialogue_seed(sample) for sample in range(4)}) == 1
     assert (request.limits.expert_temperature, request.limits.probabilities) == (0.9, False)
+
+
+@pytest.mark.parametrize(("evaluating", "size"), [(False, 4), (True, None)])
+def test_reply_groups_are_for_training_alone(tmp_path, evaluating, size):
+    generator = generator_of(tmp_path)
+    limits = replace(generator.spec.limits, reply_group=ReplyGroup(4, {"gre": 1.0}))
+    generator.spec = replace(generator.spec, limits=limits)
+    group = generator._limits(1.0, probabilities=evaluating).reply_group
+    assert (group and group.size) == size

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("openrlhf")
 
-from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig
+from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.runtime.models import RolePPOTrainer
-from openrlhf_gopo.runtime.roles import make_roles
+from openrlhf_gopo.runtime.roles import make_roles, role_args
 from openrlhf_gopo.runtime.trainer import GOPOTrainer
 
 from ..cli.test_train_gopo import command
@@ -20,21 +20,41 @@ pytestmark = pytest.mark.stack
 @pytest.mark.parametrize(
     ("flags", "steps"),
     [
-        # 30 rollouts of 8 dialogues, two optimizer steps each.
-        ({}, (60, 60)),
-        ({"schedule": "expert"}, (60, 0)),
-        ({"schedule": "alternate"}, (30, 30)),
-        ({"schedule": "alternate", "schedule_steps": 10}, (40, 20)),
-        ({"schedule": "alternate", "schedule_steps": 7}, (32, 28)),  # 7 + 7 + 2 against 7 + 7 rollouts
+        # 30 rollouts of 64 dialogues, two optimizer steps each.
+        ("", (60, 60)),
+        ("--gopo.schedule expert", (60, 0)),
+        ("--gopo.schedule alternate", (30, 30)),
+        ("--gopo.schedule alternate --gopo.schedule_steps 10", (40, 20)),
+        # 7 + 7 + 2 against 7 + 7 rollouts
+        ("--gopo.schedule alternate --gopo.schedule_steps 7", (32, 28)),
+        ("--gopo.expert_steps 16 --gopo.expert_passes 2", (480, 60)),
+        ("--gopo.expert_steps 16 --gopo.schedule alternate", (240, 30)),
     ],
 )
 def test_a_schedule_spans_the_steps_that_a_role_takes(flags, steps):
-    args = SimpleNamespace(
-        rollout=SimpleNamespace(batch_size=2, n_samples_per_prompt=4),
-        train=SimpleNamespace(batch_size=4, max_epochs=1, num_episodes=3),
-    )
-    trainer = SimpleNamespace(args=args, steps_per_episode=10, config=GopoConfig(env="shop", **flags))
+    from openrlhf_gopo.cli import train_gopo
+
+    given = command("--train.num_episodes", "3", *flags.split(), actor__model_name_or_path="m")
+    args, config = train_gopo.parse(given)
+    learners = {role: SimpleNamespace(args=role_args(args, role, config)) for role in (EXPERT, RESPONDER)}
+    trainer = SimpleNamespace(args=args, learners=learners, steps_per_episode=10, config=config)
     assert tuple(GOPOTrainer.scheduled_steps(trainer, role) for role in (EXPERT, RESPONDER)) == steps
+
+
+def test_the_expert_has_its_own_batch_and_passes_and_the_weight_of_q():
+    from openrlhf_gopo.cli import train_gopo
+
+    given = ("--gopo.expert_steps", "16", "--gopo.expert_passes", "2", "--gopo.expert_credit", "group=1,q=0.5")
+    args, config = train_gopo.parse(command(*given, actor__model_name_or_path="m"))
+    found = {role: role_args(args, role, config) for role in (EXPERT, RESPONDER)}
+    assert {role: (own.train.batch_size, own.train.max_epochs, own.q_weight) for role, own in found.items()} == {
+        EXPERT: (8, 2, 0.5),  # 64 dialogues twice, in 16 steps
+        RESPONDER: (32, 1, 0.0),
+    }
+    shared = train_gopo.parse(
+        command("--gopo.expert_credit", "q=2", "--gopo.sharing", "shared", actor__model_name_or_path="m")
+    )
+    assert role_args(shared[0], RESPONDER, shared[1]).q_weight == 2.0
 
 
 def test_the_logged_entropy_is_a_mean_over_decisions():

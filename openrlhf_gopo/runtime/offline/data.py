@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from openrlhf_gopo.config import EXPERT
 from openrlhf_gopo.core.categorical import pad_allowed
 from openrlhf_gopo.core.offline import Units, alike, better, chunked, supported
-from openrlhf_gopo.core.preference import turn_weights
+from openrlhf_gopo.core.preference import TIE, turn_weights
 from openrlhf_gopo.envs import Environment
 from openrlhf_gopo.envs.base import SPLITS
 from openrlhf_gopo.errors import DataError
@@ -165,11 +165,11 @@ class Logs:
         pref = self.config.pref
         if self.config.role == EXPERT:
             keys, unit = [""], torch.zeros(len(lengths), dtype=torch.long)
-            weights = turn_weights(len(lengths), mode=pref.weights, discount=pref.discount)
+            weights = turn_weights(len(lengths), mode=pref.weights)
         else:
             keys = [turn.strategy for turn in trajectory.turns if turn.strategy]
             unit = torch.repeat_interleave(torch.arange(len(keys)), torch.tensor(lengths))
-            weights = torch.cat([turn_weights(n, mode=pref.weights, discount=pref.discount) for n in lengths])
+            weights = torch.cat([turn_weights(n, mode=pref.weights) for n in lengths])
         allowed = pad_allowed(stream.allowed, len(self.policy.labels) if self.config.role == EXPERT else 0)
         name = trajectory.goal.id
         return Sample(name, group, returned, tokens, mask[1:], allowed, unit, weights, keys, kept)
@@ -183,14 +183,14 @@ class Logs:
                 census["decisions left out: not allowed by the SOP"] += 1
 
     def _comparable(self, samples: list[Sample], census: Counter[str]) -> list[Sample]:
-        """Without the groups in which no pair of returns differs by more than the margin."""
+        """Without the groups in which no pair of returns differs."""
         groups: dict[str, list[Sample]] = defaultdict(list)
         for sample in samples:
             groups[sample.group].append(sample)
         kept = []
         for group in groups.values():
             returns = [sample.returned for sample in group]
-            if max(returns) - min(returns) > self.config.pref.margin:
+            if max(returns) - min(returns) > TIE:
                 kept += group
             else:
                 census["groups without spread"] += 1

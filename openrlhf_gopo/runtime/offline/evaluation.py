@@ -19,7 +19,6 @@ import torch
 from openrlhf_gopo.core.categorical import PAD, masked_categorical_logprobs
 from openrlhf_gopo.core.preference import preference_pairs, trajectory_log_ratio
 from openrlhf_gopo.evaluation.summary import bootstrap
-from openrlhf_gopo.runtime.offline.config import OfflineConfig
 from openrlhf_gopo.runtime.offline.data import Sample, units
 
 Values = dict[str, dict[int, float]]  # metric -> index of the dialogue -> value
@@ -31,9 +30,7 @@ def ranks_of(logits: torch.Tensor, allowed: torch.Tensor, chosen: torch.Tensor) 
     return (everything > chosen.unsqueeze(-1)).sum(dim=-1) + 1
 
 
-def judge(
-    samples: Sequence[Sample], scored: Sequence[tuple[torch.Tensor, torch.Tensor | None]], config: OfflineConfig
-) -> Values:
+def judge(samples: Sequence[Sample], scored: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> Values:
     """The metrics above of each dialogue; ``scored``: log pi of its actions, and ranks of decisions."""
     values: Values = defaultdict(dict)
     for index, (sample, (logprobs, ranks)) in enumerate(zip(samples, scored, strict=True)):
@@ -42,13 +39,11 @@ def judge(
             values["top1"][index] = float((ranks <= 1).float().mean())
             values["top3"][index] = float((ranks <= 3).float().mean())
             values["chance"][index] = float((1 / (sample.allowed != PAD).sum(dim=-1)).mean())
-    _judge_pairs(samples, [logprobs.double() for logprobs, _ in scored], config, values)
+    _judge_pairs(samples, [logprobs.double() for logprobs, _ in scored], values)
     return dict(values)
 
 
-def _judge_pairs(
-    samples: Sequence[Sample], logprobs: list[torch.Tensor], config: OfflineConfig, values: Values
-) -> None:
+def _judge_pairs(samples: Sequence[Sample], logprobs: list[torch.Tensor], values: Values) -> None:
     groups: dict[str, list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
         groups[sample.group].append(index)
@@ -66,7 +61,7 @@ def _judge_pairs(
             now.new_zeros(count).index_add(0, found.owner, now) / lengths,
         )
         for group in found.groups:
-            pairs = preference_pairs(found.returns[group], pairing="all", margin=config.pref.margin)
+            pairs = preference_pairs(found.returns[group])
             for winner, loser in group[pairs].tolist():
                 for name, score in zip(names, m, strict=True):
                     right = 0.5 * float(score[winner] == score[loser]) + float(score[winner] > score[loser])

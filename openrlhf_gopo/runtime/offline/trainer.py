@@ -122,7 +122,7 @@ class OfflineTrainer(DPOTrainer):
             if name not in self.before:
                 for sample, (logprobs, _) in zip(samples, scores, strict=True):
                     sample.reference = logprobs
-            values = judge(samples, scores, self.config)
+            values = judge(samples, scores)
             self.before.setdefault(name, values)
             self.after[name] = values
             told = {"step": steps, "set": name, **compared(self.before[name], values)}
@@ -139,11 +139,15 @@ class OfflineTrainer(DPOTrainer):
         """-dL/d log pi of every action of ``samples`` in both parts, L over the chunks of all ranks; their metrics."""
         reference = torch.cat([sample.reference for sample in samples])
         now = torch.cat([now for now, _ in self._scored(samples)]) if self.config.preference else reference
-        options = {"pref_coef": self.config.preference, "sft_coef": self.config.imitation}
-        pref, sft, own = action_coefficients(now, reference, units(chunks), **options, **self.config.pref.loss_options)
-        of_pref, of_sft, of_pairs = (self._share(own[name]) for name in ("pref_terms", "sft_terms", "pref_pairs"))
+        options = {
+            "pref_coef": self.config.preference,
+            "sft_coef": self.config.imitation,
+            "beta": self.config.pref.beta,
+        }
+        pref, sft, own = action_coefficients(now, reference, units(chunks), **options)
+        of_pref, of_sft = (self._share(own[name]) for name in ("pref_pairs", "sft_terms"))
         metrics = {"pref_loss": own["pref_loss"] * of_pref}
-        metrics |= {name: own[name] * of_pairs for name in ("pref_accuracy", "pref_margin", "pref_return_gap")}
+        metrics |= {name: own[name] * of_pref for name in ("pref_accuracy", "pref_margin", "pref_return_gap")}
         metrics |= {name: own[name] for name in ("pref_pairs", "pref_groups_without_spread")}
         return pref * of_pref, sft * of_sft, self.strategy.all_reduce(metrics, op="sum")
 

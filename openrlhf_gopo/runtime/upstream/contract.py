@@ -232,12 +232,14 @@ NAMES: dict[str, list[str]] = {
     ],
     "openrlhf.trainer.dpo_trainer": ["DPOTrainer"],
     "openrlhf.trainer.ray": ["create_vllm_engines"],
+    "openrlhf.trainer.ppo_utils.kl_controller": ["FixedKLController"],
     "openrlhf.utils.config": ["hierarchize"],
     "openrlhf.utils.logging_utils": ["init_logger"],
     "openrlhf.utils.utils": ["zero_pad_sequences"],
     "ray.exceptions": ["ActorUnavailableError", "OutOfMemoryError", "RayActorError", "RayError", "RayTaskError"],
     "ray.util.placement_group": ["placement_group", "remove_placement_group"],
     "vllm": ["SamplingParams"],
+    "vllm.sampling_params": ["RequestOutputKind"],
     "vllm.v1.engine.exceptions": ["EngineDeadError"],
 }
 # What platform/ changes on a machine without a GPU, and nobody needs elsewhere.
