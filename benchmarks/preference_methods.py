@@ -114,7 +114,7 @@ class Update:
     def coefficients(self, logprobs: list[torch.Tensor]) -> torch.Tensor:
         m = self.log_ratio(logprobs, self.streams)
         everyone = [torch.arange(len(self.streams))]
-        return preference_coefficients(m, self.returns, everyone, pairing="all", beta=BETA)[0]
+        return preference_coefficients(m, self.returns, everyone, beta=BETA)[0]
 
     def preference_advantages(self) -> torch.Tensor:
         """What the preference adds to a policy gradient on the first update after a rollout, (N,)"""
@@ -141,17 +141,17 @@ class Update:
             (-c * self.log_ratio([self.decision_logprobs(stream)], [stream])[0]).backward()
 
     def pairwise(self) -> None:
-        pairs = preference_pairs(self.returns, pairing="all")
+        pairs = preference_pairs(self.returns)
         for pair in pairs:
             both = [self.streams[i] for i in pair]
             m = self.log_ratio(self.full_logprobs(both), both)
-            loss = trajectory_preference_loss(m, self.returns[pair], torch.tensor([[0, 1]]), beta=BETA)
+            loss = trajectory_preference_loss(m, torch.tensor([[0, 1]]), beta=BETA)
             (loss.sum() / len(pairs)).backward()
 
     def group(self) -> None:
-        pairs = preference_pairs(self.returns, pairing="all")
+        pairs = preference_pairs(self.returns)
         m = self.log_ratio(self.full_logprobs(self.streams), self.streams)
-        trajectory_preference_loss(m, self.returns, pairs, beta=BETA).mean().backward()
+        trajectory_preference_loss(m, pairs, beta=BETA).mean().backward()
 
     def gradient(self, method: str) -> torch.Tensor:
         self.optimizer.zero_grad()

@@ -66,6 +66,11 @@ def test_a_batch_holds_decisions_and_not_forced_turns(noise, model):
     assert batch.states[1].tolist() == pytest.approx(row)
     assert batch.states[3].tolist() == pytest.approx(row)
     assert batch.states[5].tolist() == pytest.approx([1.0, 2.0, 4.0, 0.0, 0.0, 0.5, 0.0])
+    # tse: both engaged half on task in every turn. R of won: 0.4 x 0.75, the same, 1 x 0.75: 0.3, 0, 0.45; of lost: 0,
+    # 0.3, 0. Decisions at turns 0 and 2: to go 0.75 and 0.45 against 0.3 and 0, nothing against nobody.
+    assert batch.returns.tolist() == pytest.approx([0.75, 0.3, 0.0])
+    assert batch.earned.tolist() == pytest.approx([0.3, 0.45, 0.3, 0.0, 0.0, 0.0])
+    assert batch.against_group.tolist() == pytest.approx([0.45, 0.45, -0.45, -0.45, 0.0, 0.0])
     credit = noise.credits(batch, torch.zeros(6, dtype=torch.float64))
     # One pair: its winner's decisions +1, its loser's -1, none elsewhere; root mean square sqrt(4/6).
     unit = 1.5**0.5
@@ -91,7 +96,7 @@ def test_a_fit_to_other_batches_finds_what_is_linear(noise, model):
     truth = torch.tensor([0.3, 0.1, 0.0, -0.5, 0.0, 0.2, 0.0], dtype=torch.float64)
     torch.manual_seed(1)
     states = torch.randn(4000, 7, dtype=torch.float64)
-    other = noise.Batch([1] * 4000, [], states @ truth, states, states, states)
+    other = noise.Batch([1] * 4000, [], states[:, 0], states @ truth, states[:, 0], states, states, states)
     assert torch.allclose(noise.values_of(batch, [other]), batch.states @ truth, atol=1e-3)
 
 

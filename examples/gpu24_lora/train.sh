@@ -10,7 +10,7 @@ python3 -m openrlhf.cli.train_gopo \
    --gopo.env shop \
    --gopo.reply_max_tokens 96 \
    --gopo.expert_reward tse=1,esndcg=1 \
-   --gopo.expert_pg_coef 1 \
+   --gopo.expert_credit group=1,q=1 \
    --gopo.responder_reward tse=0.5,gre=1 \
    --gopo.common_random_numbers \
    --gopo.eval_goals 128 \

@@ -29,10 +29,10 @@ import torch
 from openrlhf_gopo.config import EXPERT
 from openrlhf_gopo.core.categorical import masked_categorical_logprobs
 from openrlhf_gopo.core.preference import decision_advantages, preference_coefficients
-from openrlhf_gopo.core.turn_level import gae, group_baseline, returns_to_go, unit_scale
+from openrlhf_gopo.core.turn_level import gae, returns_to_go, turn_advantages, unit_scale
 from openrlhf_gopo.evaluation.records import read_trajectories
 from openrlhf_gopo.platform import activate
-from openrlhf_gopo.rewards.turns import decision_rewards
+from openrlhf_gopo.rewards.turns import turn_rewards
 from openrlhf_gopo.types import Trajectory
 
 REWARD = {"tse": 1.0, "esndcg": 1.0}  # --gopo.expert_reward of the study
@@ -45,7 +45,9 @@ class Batch:
 
     counts: list[int]  # decisions of each trajectory
     groups: list[torch.Tensor]  # indices of the trajectories of one goal
-    earned: torch.Tensor  # (N,) rewards of the decisions
+    returns: torch.Tensor  # (M,) of the trajectories
+    earned: torch.Tensor  # (N,) what was earned from one decision to the next
+    against_group: torch.Tensor  # (N,) return to go less those of the goal's other dialogues at that turn
     states: torch.Tensor  # (N, F) what the fit sees
     scores: torch.Tensor  # (N, V) d log pi(z_n) / d logits
     hidden: torch.Tensor  # (N, H) last hidden states
@@ -79,17 +81,30 @@ def scored(model: Any, trajectory: Trajectory) -> tuple[torch.Tensor, torch.Tens
 
 def batch_of(model: Any, trajectories: list[Trajectory]) -> Batch:
     """Score the dialogues of one update."""
-    earned = [decision_rewards(trajectory, REWARD) for trajectory in trajectories]
+    rewards = [turn_rewards(trajectory, REWARD) for trajectory in trajectories]
+    decided = [[t for t, turn in enumerate(trajectory.turns) if not turn.forced] for trajectory in trajectories]
     scores, hidden = zip(*(scored(model, trajectory) for trajectory in trajectories), strict=True)
     ids = [trajectory.goal.id for trajectory in trajectories]
+    groups = [torch.tensor([i for i, other in enumerate(ids) if other == goal]) for goal in dict.fromkeys(ids)]
+    parts = [
+        sum(row[start:stop]) for row, turns in zip(rewards, decided, strict=True) for start, stop in _stretches(turns)
+    ]
+    by_turn = turn_advantages(rewards, groups)
     return Batch(
-        counts=[len(rewards) for rewards in earned],
-        groups=[torch.tensor([i for i, other in enumerate(ids) if other == goal]) for goal in dict.fromkeys(ids)],
-        earned=torch.tensor([reward for rewards in earned for reward in rewards], dtype=torch.float64),
+        counts=[len(turns) for turns in decided],
+        groups=groups,
+        returns=torch.tensor([sum(row) for row in rewards], dtype=torch.float64),
+        earned=torch.tensor(parts, dtype=torch.float64),
+        against_group=torch.cat([row[turns] for row, turns in zip(by_turn, decided, strict=True)]),
         states=torch.tensor([row for t in trajectories for row in states_of(t)], dtype=torch.float64),
         scores=torch.cat(scores),
         hidden=torch.cat(hidden),
     )
+
+
+def _stretches(turns: list[int]) -> list[tuple[int, int | None]]:
+    """From each decision's turn to the next one's, and to the end."""
+    return list(zip(turns, [*turns[1:], None], strict=True))
 
 
 def values_of(batch: Batch, others: list[Batch]) -> torch.Tensor:
@@ -103,11 +118,9 @@ def values_of(batch: Batch, others: list[Batch]) -> torch.Tensor:
 def credits(batch: Batch, values: torch.Tensor) -> dict[str, torch.Tensor]:
     """(N,) advantages of every kind, each at unit root mean square, as `ExpertExperienceMaker` makes them."""
     owner = torch.repeat_interleave(torch.arange(len(batch.counts)), torch.tensor(batch.counts))
-    returns = torch.zeros(len(batch.counts), dtype=torch.float64).index_add(0, owner, batch.earned)
-    coefficients, _ = preference_coefficients(torch.zeros_like(returns), returns, batch.groups, pairing="all", beta=0.1)
-    togo = returns_to_go(batch.earned, batch.counts)
-    preference = decision_advantages(coefficients, owner, torch.ones_like(togo))
-    against_group = unit_scale(group_baseline(togo, batch.counts, batch.groups, estimator="reinforce_baseline"))
+    coefficients, _ = preference_coefficients(torch.zeros_like(batch.returns), batch.returns, batch.groups, beta=0.1)
+    preference = decision_advantages(coefficients, owner, torch.ones_like(batch.earned))
+    against_group = unit_scale(batch.against_group)
     found = {
         "preference": preference,
         "returns to go": against_group,

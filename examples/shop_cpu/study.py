@@ -37,23 +37,21 @@ ROOT = Path(__file__).parents[2]
 GROUP = ("--algo.advantage.estimator", "group_norm")
 TWO = ("--gopo.expert_reward", "tse=1,esndcg=1", "--gopo.responder_reward", "tse=0.5,gre=1", *GROUP)
 ONE = ("--gopo.policy", "single_level", "--gopo.responder_reward", "tse=1,esndcg=1,gre=0.5")  # all that the two see
-TURNS = ("--gopo.expert_pg_coef", "1")  # returns to go against the group, beside the preference loss
+CREDIT = "--gopo.expert_credit"
 CRITIC_RATE = ("--critic.adam.lr", "1e-3")  # upstream's 9e-6 leaves a critic of this size at its random start
-CRITIC = (*TURNS, "--gopo.expert_pg", "gae", *CRITIC_RATE)
-FOUR_STEPS = ("--train.batch_size", "16")  # optimizer steps per rollout; the others take two
+GOPO = (*TWO, CREDIT, "group=1,q=1")
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "PPO, single level": (*ONE, "--algo.advantage.estimator", "gae", *CRITIC_RATE),
     "GRPO, single level": (*ONE, *GROUP),
-    "GOPO": (*TWO, *TURNS),
-    "GOPO, with a critic": (*TWO, *CRITIC),  # the turn-level term's baseline is learned, not the group's mean
-    "GOPO, preference alone": TWO,
-    "GOPO, turns alone": (*TWO, *TURNS, "--gopo.pref.coef", "0"),
-    "GOPO, critic alone": (*TWO, *CRITIC, "--gopo.pref.coef", "0"),
-    "GOPO, frozen expert": (*TWO, *TURNS, "--gopo.schedule", "responder"),
-    "GOPO, frozen responder": (*TWO, *TURNS, "--gopo.schedule", "expert"),
-    "preference alone, 4 steps": (*TWO, *FOUR_STEPS),
-    "preference alone, 4 steps, exact": (*TWO, *FOUR_STEPS, "--gopo.pref.trust_region", "exact"),
+    "GOPO": GOPO,
+    "GOPO, preference alone": (*TWO, CREDIT, "preference=1"),
+    "GOPO, decision preference alone": (*TWO, CREDIT, "decision_preference=1"),
+    "GOPO, q alone": (*TWO, CREDIT, "q=1"),
+    "GOPO, group alone": (*TWO, CREDIT, "group=1"),
+    "GOPO, critic alone": (*TWO, CREDIT, "critic=1", *CRITIC_RATE),
+    "GOPO, frozen expert": (*GOPO, "--gopo.schedule", "responder"),
+    "GOPO, frozen responder": (*GOPO, "--gopo.schedule", "expert"),
 }
 Row = dict[str, Any]
 # Learning rates: of the one model, or of expert and responder.
@@ -212,7 +210,8 @@ def recorded(args: argparse.Namespace) -> dict[str, Any]:
 def keep(args: argparse.Namespace, **parts: list[Row]) -> None:
     """Replace parts of the record, and write the table and the plot beside it."""
     record = recorded(args) | parts
-    record["runs"].sort(key=lambda row: (list(VARIANTS).index(row["variant"]), row["seed"]))
+    rank = {name: place for place, name in enumerate(VARIANTS)}
+    record["runs"].sort(key=lambda row: (rank.get(row["variant"], len(rank)), row["variant"], row["seed"]))
     args.record.parent.mkdir(parents=True, exist_ok=True)
     args.record.write_text(json.dumps(record, indent=1) + "\n")
     print(write_report(record, args.record), flush=True)

@@ -11,11 +11,8 @@ python3 -m openrlhf.cli.train_gopo \
    --gopo.names_only \
    --gopo.reply_max_tokens 32 \
    --gopo.expert_reward tse=1,esndcg=1 \
-   --gopo.expert_pg_coef 1 \
+   --gopo.expert_credit group=1,q=1 \
    --gopo.responder_reward tse=0.5,gre=1 \
-   --gopo.pref.pairing all \
-   --gopo.pref.weights mean \
-   --gopo.pref.reference sampler \
    --gopo.eval_goals 160 \
    --actor.model_name_or_path "$MODEL" \
    --expert.model_name_or_path "$EXPERT_MODEL" \

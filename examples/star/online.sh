@@ -19,7 +19,7 @@ say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 say "1/2 online GOPO, $STEPS updates of 64 dialogues"
 "$PYTHON" -m openrlhf.cli.train_gopo \
     --gopo.env star --gopo.data "$DATA" --gopo.names_only --gopo.common_random_numbers \
-    --gopo.reply_max_tokens 48 --gopo.expert_reward tse=1,esndcg=1 --gopo.expert_pg_coef 1 \
+    --gopo.reply_max_tokens 48 --gopo.expert_reward tse=1,esndcg=1 --gopo.expert_credit group=1,q=1 \
     --expert.model_name_or_path "$OUT/expert" --actor.model_name_or_path "$OUT/responder" \
     --expert.adam.lr 3e-4 --actor.adam.lr 1e-4 --actor.lr_warmup_ratio 0 \
     --algo.advantage.estimator group_norm \

@@ -32,8 +32,8 @@ NOISE = {"bf16": 0.02, "fp32": 1e-5}[fastest()]  # of the engine, which holds we
 OBJECTIVES = {
     "shop": ["--algo.advantage.is_correction_level", "token", "--expert.entropy_coef", 0.01, "--gopo.user", "agenda"],
     "star": [
-        *("--gopo.pref.trust_region", "exact", "--train.batch_size", 8),  # two optimizer steps per rollout
-        *("--gopo.expert_pg_coef", 0.5, "--gopo.expert_pg", "gae", "--gopo.credit", "turn"),
+        *("--train.batch_size", 8),  # two optimizer steps per rollout
+        *("--gopo.expert_credit", "preference=1,q=1,critic=0.5", "--gopo.credit", "turn"),
         *("--gopo.expert_mode", "plan", "--gopo.expert_plan_tokens", 6),
     ],
 }

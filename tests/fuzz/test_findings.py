@@ -237,7 +237,7 @@ def test_flags_without_a_finite_value(value: float) -> None:
         (LlmConfig, "timeout", {}),
         (PreferenceConfig, "beta", {}),
         (GopoConfig, "user_timeout", {"env": "shop"}),
-        (GopoConfig, "expert_pg_coef", {"env": "shop"}),
+        (GopoConfig, "reward_timeout", {"env": "shop"}),
     ):
         with pytest.raises(ConfigError, match=rf"{flag} (inf|nan): give a finite number"):
             cls(**{flag: value}, **more)
