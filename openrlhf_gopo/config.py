@@ -93,7 +93,7 @@ class GopoConfig:
     )
     reward_timeout: float = flag(60.0, "seconds one reward of --gopo.reward may take before the dialogue fails")
     expert_credit: str = flag(
-        "preference=1,group=1",
+        "group=1,q=1",
         "credit terms of the expert, as term=weight,term=weight: preference (of whole dialogues), decision_preference "
         "(of the decisions of one turn), q (a value per strategy, summed over the allowed ones), group (returns to go "
         "less the mean of the goal's other dialogues at that turn), critic (GAE on decisions)",

@@ -2,9 +2,9 @@
 
 usage: python build_model.py --env shop --out DIR [--hidden 256 --layers 4 --vocab 2048 --copies 9600]
 
-``--copies`` writes an exercise for the warm start into DIR/copies.jsonl: random words to be repeated word by word. A
-reply repeats order numbers, prices and names from its prompt; a model of this size learns to copy several times faster
-from text in which every word is a copy than from replies alone.
+``--copies`` writes an exercise for the warm start into DIR/copies.jsonl: random tokens to be repeated. A reply repeats
+order numbers, prices and names from its prompt; a model of this size learns to copy much sooner from text in which
+every token is a copy than from replies alone.
 """
 
 import argparse
@@ -51,12 +51,14 @@ def train_tokenizer(texts, vocab: int, max_len: int) -> PreTrainedTokenizerFast:
     )
 
 
-def write_copies(path: Path, texts, count: int, seed: int) -> None:
-    """``count`` conversations of one exchange: 6 to 19 random words of ``texts``, and the same words as the reply."""
-    words, draws = sorted({word for text in texts for word in text.split()}), random.Random(seed)
+def write_copies(path: Path, tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> None:
+    """``count`` conversations of one exchange: 6 to 19 random tokens, and the same as the reply."""
+    pieces = [tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
+    pieces = [piece for piece in pieces if piece.strip() and "\ufffd" not in piece]  # no parts of a character
+    draws = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
-            line = " ".join(draws.choices(words, k=draws.randint(6, 19)))
+            line = "".join(draws.choices(pieces, k=draws.randint(6, 19))).strip()
             messages = [{"role": role, "content": line} for role in ("user", "assistant")]
             file.write(json.dumps({"messages": messages}) + "\n")
 
@@ -98,7 +100,7 @@ def main() -> None:
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     if args.copies:
-        write_copies(Path(args.out, "copies.jsonl"), texts, args.copies, args.seed)
+        write_copies(Path(args.out, "copies.jsonl"), tokenizer, args.copies, args.seed)
     print(f"{model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer)} tokens -> {args.out}")
 
 

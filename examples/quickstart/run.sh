@@ -33,24 +33,24 @@ warm_start() {
 say "1/5 install into $VENV"
 logged install bash examples/quickstart/install.sh "$VENV"
 
-say "2/5 build an untrained model of 2.6 M parameters and 3200 demonstrations of an imperfect script"
+say "2/5 build an untrained model of 2.6 M parameters and 4800 demonstrations of an imperfect script"
 logged model "$VENV/bin/python" examples/quickstart/build_model.py \
     --env shop --hidden 256 --layers 3 --copies 6400 --seed "$SEED" --out "$OUT/untrained"
 logged demonstrations "$VENV/bin/python" -m openrlhf_gopo.cli.export_sft --env shop --tokenizer "$OUT/untrained" \
-    --dialogues 3200 --skill 0.7 --slip 0 --names_only --repeats 12 --seed "$SEED" --out "$OUT/demos"
+    --dialogues 4800 --skill 0.7 --slip 0 --names_only --repeats 12 --seed "$SEED" --out "$OUT/demos"
 
 say "3/5 warm start of the expert on its choices (OpenRLHF's train_sft; progress in $OUT/warm_*.log)
-4/5 beside it, warm start of the responder: copying words, single replies, whole dialogues"
+4/5 beside it, warm start of the responder: copying tokens, single replies, whole dialogues"
 export OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) # half of the cores each, as they run side by side
 warm_start warm_expert "$OUT/untrained" "$OUT/demos/expert.jsonl" \
-    --train.batch_size 8 --train.micro_batch_size 2 --adam.lr 1e-3 &
+    --train.batch_size 8 --train.micro_batch_size 4 --adam.lr 1e-3 --data.max_samples 2400 &
 expert=$!
 warm_start warm_copies "$OUT/untrained" "$OUT/untrained/copies.jsonl" \
     --train.batch_size 32 --train.micro_batch_size 32 --adam.lr 2e-3
 warm_start warm_replies "$OUT/warm_copies" "$OUT/demos/replies.jsonl" \
-    --train.batch_size 16 --train.micro_batch_size 16 --adam.lr 2e-3 --data.max_samples 9600
+    --train.batch_size 16 --train.micro_batch_size 16 --adam.lr 2e-3 --data.max_samples 16000
 warm_start warm_responder "$OUT/warm_replies" "$OUT/demos/responder.jsonl" \
-    --train.batch_size 8 --train.micro_batch_size 2 --adam.lr 1e-3 --data.max_samples 2000
+    --train.batch_size 8 --train.micro_batch_size 4 --adam.lr 1e-3 --data.max_samples 1000
 wait "$expert"
 unset OMP_NUM_THREADS
 touch "$OUT/warmed"
@@ -62,8 +62,10 @@ say "5/5 GOPO: expert and responder learn from $STEPS x 64 dialogues"
     --gopo.names_only \
     --gopo.common_random_numbers \
     --gopo.reply_max_tokens 32 \
-    --gopo.expert_steps 16 --gopo.expert_passes 2 \
     --gopo.expert_credit group=1,q=1 \
+    --gopo.expert_steps 16 \
+    --gopo.expert_passes 2 \
+    --gopo.credit turn \
     --actor.model_name_or_path "$OUT/warm_responder" \
     --expert.model_name_or_path "$OUT/warm_expert" \
     --actor.adam.lr 1e-4 \
