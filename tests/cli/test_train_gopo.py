@@ -94,7 +94,7 @@ def test_help_shows_the_groups_and_our_flags_with_their_defaults(capsys) -> None
         for f in flags(cls):
             assert f"--{prefix}.{f.name}" in text
             assert f.metadata["help"] in text
-    assert "sharpness of the preference: x = beta (m_w - m_l) - offset (R_w - R_l) (default: 1.0)" in text
+    assert "sharpness of the preference: L = -log sigmoid(beta (m_w - m_l)) (default: 1.0)" in text
 
 
 def test_every_actor_flag_has_an_expert_twin() -> None:
@@ -187,6 +187,14 @@ def test_a_dry_run_says_what_it_checked_and_leaves_nothing(tokenizer, tmp_path, 
     assert said[7:] == [f"GPU memory: unknown, {tokenizer} has no config.json"]
     assert shown.err == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_the_experts_own_steps_are_not_cut_by_tokens() -> None:
+    """Batches by tokens need packing, and so CUDA: the check itself is asked."""
+    args, config = train_gopo.parse(command("--gopo.expert_steps", 4, actor__model_name_or_path="m"))
+    args.train.dynamic_batch_enable = True
+    with pytest.raises(ConfigError, match=r"expert_steps 4: not with --train\.dynamic_batch_enable, .*; drop one"):
+        checks.check_flags(args, config)
 
 
 def test_a_dry_run_tells_of_the_experts_own_steps(tokenizer, capsys) -> None:
@@ -458,10 +466,6 @@ def test_a_reward_that_fails_is_found_before_anything_starts(tokenizer, tmp_path
         ("--gopo.expert_steps 0", r"--gopo\.expert_steps 0: give 1 or more"),
         ("--gopo.expert_passes 2", r"--gopo\.expert_passes 2: give --gopo\.expert_steps too"),
         ("--gopo.expert_steps 4 --gopo.sharing shared", r"--gopo\.expert_steps 4: one model in both roles takes its"),
-        (
-            "--gopo.expert_steps 4 --train.dynamic_batch_enable",
-            r"--gopo\.expert_steps 4: not with --train\.dynamic_batch_enable, which cuts batches by tokens; drop one",
-        ),
         # the roles
         # a single-level policy has no expert, so what is set for one is a mistake
         ("--gopo.policy single_level --gopo.sharing shared", r"--gopo\.sharing shared: .* has no expert; drop it"),

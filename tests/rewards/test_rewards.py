@@ -392,5 +392,29 @@ def test_what_the_turns_earned_is_the_return(metric, skill):
         assert sum(earned) == pytest.approx(joint(trajectory.rewards, {metric: 2.0}), abs=1e-9)
 
 
+@pytest.mark.parametrize("metric", [name for name in METRICS if name != "success"])
+@given(dialogues(), dialogues(), st.data())
+def test_what_a_turn_earned_does_not_depend_on_later_turns(metric, one, other, data):
+    """The same first turns, another end. (Success is told by the environment for the whole dialogue alone.)"""
+    start = data.draw(st.integers(0, len(one.turns)))
+    changed = dialogue(*one.turns[:start], *other.turns)
+    weights = {metric: 2.0}
+    assert turn_rewards(changed, weights)[:start] == pytest.approx(turn_rewards(one, weights)[:start], abs=1e-12)
+
+
+def test_going_on_idly_is_not_credited_with_the_rest_of_the_dialogue():
+    """Five good turns have earned 90; to stop there, or five idle turns and then the last 10.
+
+    Stopping earns nothing more, going on loses engagement: E = 6/11, 100 (0.5 + 0.5 x 6/11) = 77.3 - 90.
+    """
+    goal = Goal("g", "refund", "", {"main": 0.9, "last": 0.1})
+    good = [turn(engagement=1.0, on_task=True, completed=("main",) if t == 0 else ()) for t in range(5)]
+    idle = [turn(engagement=0.3) for _ in range(5)]
+    stop = dialogue(*good, turn(engagement=1.0, on_task=True), goal=goal)
+    go = dialogue(*good, *idle, turn(engagement=1.0, on_task=True, completed=("last",)), goal=goal)
+    assert sum(turn_rewards(stop, {"tse": 1.0})[5:]) == pytest.approx(0.0)
+    assert sum(turn_rewards(go, {"tse": 1.0})[5:]) == pytest.approx(0.5 + 0.5 * 6 / 11 - 0.9)
+
+
 def test_a_dialogue_without_turns_earned_nothing():
     assert turn_rewards(Trajectory(Goal("g", "i", "", {"x": 1.0}), 0, 0), {"tse": 1.0}) == []
