@@ -40,7 +40,7 @@ def test_every_variant_is_a_run_that_the_checks_accept(study, args):
     from openrlhf_gopo.runtime import checks
 
     for model in ("warm_responder", "warm_expert"):
-        (args.out / "models" / model).mkdir(parents=True)
+        (args.out / "models_seed3" / model).mkdir(parents=True)
     for variant in study.VARIANTS:
         for rates in (study.rates_of(variant), *study.GRID[1 if "single level" in variant else 2]):
             flags = study.command(variant, rates, 3, args.out / "run", args)
@@ -52,11 +52,11 @@ def test_every_variant_is_a_run_that_the_checks_accept(study, args):
             assert parsed.train.seed == 3
 
 
-def warm_started(args):
-    models = args.out / "models"
-    (models / "warm_single").mkdir(parents=True)
-    for marker in (models / "warmed", models / "warm_single" / "config.json"):
-        marker.write_text("")
+def warm_started(args, *seeds):
+    for models in (args.out / f"models_seed{seed}" for seed in seeds):
+        (models / "warm_single").mkdir(parents=True)
+        for marker in (models / "warmed", models / "warm_single" / "config.json"):
+            marker.write_text("")
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def finished(study, args):
     """What two seeds of GOPO leave, from a script that chooses at random to one that chooses well; the gains."""
     env = load_environment("shop")
     goals, gains = env.goals("heldout")[: args.goals], []
-    warm_started(args)
+    warm_started(args, *args.seeds)
     for seed in args.seeds:
         out = args.out / f"gopo_16updates_lr3e-4_1e-4_seed{seed}"
         (out / "results" / "eval").mkdir(parents=True)
@@ -72,7 +72,8 @@ def finished(study, args):
         for step, skill in ((0, 0.0), (16, 1.0)):
             played = [play(env, goal, 0, seed, ScriptedPolicy(skill, slip=0.0)) for goal in goals]
             for trajectory in played:
-                append_trajectory(out / "results" / "eval" / f"step_{step:05d}.jsonl", trajectory)
+                for decoding in ("step", "greedy"):
+                    append_trajectory(out / "results" / "eval" / f"{decoding}_{step:05d}.jsonl", trajectory)
             means.append(sum(t.rewards["tse"] for t in played) / len(played))
         update = {"rollout/tse": means[1], "expert/sampler_mismatch": 5e-7}
         (out / "results" / "metrics.jsonl").write_text(json.dumps(update) + "\n")
@@ -86,8 +87,14 @@ def cells_of(line: str) -> list[str]:
 
 
 def row(variant, seed, after, before=30.0):
-    means = {"esndcg": 0.5, "gre": 0.9, "tse_before": before, "esndcg_before": 0.4, "gre_before": 0.8}
-    return {"variant": variant, "seed": seed, "tse": after, **means}
+    means = {"success": 0.6, "esndcg": 0.5, "gre": 0.9}
+    starts = {"tse_before": before, "success_before": 0.3, "esndcg_before": 0.4, "gre_before": 0.8}
+    sampled = {"tse": after, **means, **starts}
+    return {"variant": variant, "seed": seed, **sampled, **{greedy(name): value for name, value in sampled.items()}}
+
+
+def greedy(name):
+    return name.replace("_before", "_greedy_before") if "_before" in name else f"{name}_greedy"
 
 
 def test_the_table_says_what_the_runs_did(study, args, finished):
@@ -96,11 +103,11 @@ def test_the_table_says_what_the_runs_did(study, args, finished):
     start, gopo = (cells_of(line) for line in text.splitlines()[5:7])
     runs = json.loads(args.record.read_text())["runs"]
     assert start[:2] == ["warm start, two levels", "2"]
-    assert start[5] == ", ".join(f"{run['tse_before']:.1f}" for run in runs)
+    assert start[6] == ", ".join(f"{run['tse_before']:.1f}" for run in runs)
     assert gopo[:2] == ["GOPO", "2"]
     assert gopo[3].startswith(f"{sum(finished) / 2:+.1f} [")
     assert gopo[4] == ""
-    assert gopo[5] == ", ".join(f"{run['tse']:.1f}" for run in runs)
+    assert gopo[6] == ", ".join(f"{run['tse']:.1f}" for run in runs)
     assert "nan" not in text
     assert args.record.with_suffix(".png").stat().st_size > 10_000
 
@@ -140,14 +147,16 @@ def test_rows_are_compared_with_gopo_seed_by_seed(report):
     rows += [row("GOPO", seed, after) for seed, after in enumerate(gopo)]
     single, _pair, first, second = (cells_of(line) for line in report.table(report.with_starts(rows))[2:])
     # mean -5/3, s = 2.517, half width 4.303 * 2.517 / sqrt(3) = 6.25
-    assert first[:2] + first[4:6] == ["GRPO, single level", "4", "-1.7 [-7.9, +4.6]", "38.0, 47.0, 46.0, 99.0"]
+    assert first[:2] + first[4:5] + first[6:7] == [
+        *("GRPO, single level", "4", "-1.7 [-7.9, +4.6]", "38.0, 47.0, 46.0, 99.0")
+    ]
     # 8, 17, 16, 69 above a warm start of 30: mean 27.5, s = 27.98, half width 3.182 * 27.98 / 2 = 44.5
     assert first[3] == "+27.5 [-17.0, +72.0]"
     assert (single[3], second[4]) == ("", "")
 
 
 def test_the_search_takes_the_return_of_the_last_updates(study, args):
-    warm_started(args)
+    warm_started(args, study.TUNING_SEED)
     for variant in study.SEARCHED:
         for rates in study.GRID[1 if "single level" in variant else 2]:
             name = variant.lower().replace(", ", "_").replace(" ", "_")
@@ -184,3 +193,9 @@ def test_an_interval_over_seeds(report):
     # mean 3, s = 1, t(0.975; 2) = 4.303, half width 4.303 / sqrt(3) = 2.484
     mean, low, high = report.interval([2.0, 3.0, 4.0])
     assert (mean, low, high) == pytest.approx((3.0, 3.0 - 2.484, 3.0 + 2.484), abs=1e-3)
+
+
+def test_holm_corrects_for_the_number_of_rows(report):
+    # t tests over three seeds: d = (1, 1.1, 0.9) has t = 17.3, p = 0.0033; (2, -1, 1) has t = 0.756, p = 0.529.
+    found = report.holm({"a": [2.0, -1.0, 1.0], "b": [1.0, 1.1, 0.9], "c": [5.0]})
+    assert found == pytest.approx({"b": 2 * 0.00332, "a": 0.5286}, abs=1e-3)

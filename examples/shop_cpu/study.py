@@ -3,8 +3,9 @@
     pip install scipy
     python examples/shop_cpu/study.py --out runs/study [--seeds 0 1 2 3 4] [--jobs 2] [--search]
 
-examples/quickstart warm-starts a pair, and a single-level model is warm-started on the same demonstrations. Every row
-of ``VARIANTS`` trains from there with every seed on ``--updates`` x 64 dialogues.
+For every seed examples/quickstart warm-starts a pair of its own, and a single-level model is warm-started on the same
+demonstrations. Every row of ``VARIANTS`` trains from there on ``--updates`` x 64 dialogues, with as many optimizer
+steps for whoever decides, and is evaluated sampled and greedy.
 
 What finished goes into ``--record``, a JSON file, and beside it a table and a plot; what it holds is not run again.
 So a study can be stopped, go on, and be carried to another machine, seed by seed.
@@ -35,8 +36,19 @@ from openrlhf_gopo.platform.dtype import fastest
 
 ROOT = Path(__file__).parents[2]
 GROUP = ("--algo.advantage.estimator", "group_norm")
-TWO = ("--gopo.expert_reward", "tse=1,esndcg=1", "--gopo.responder_reward", "tse=0.5,gre=1", *GROUP)
-ONE = ("--gopo.policy", "single_level", "--gopo.responder_reward", "tse=1,esndcg=1,gre=0.5")  # all that the two see
+STEPS = ("--gopo.expert_steps", "16", "--gopo.expert_passes", "2")
+TWO = (*STEPS, "--gopo.credit", "turn", *GROUP)
+ONE = (
+    *("--gopo.policy", "single_level", "--gopo.responder_reward", "tse=1,esndcg=1,gre=0.5"),  # all that the two see
+    *(
+        "--train.batch_size",
+        "8",
+        "--train.max_epochs",
+        "2",
+        "--gopo.credit",
+        "turn",
+    ),  # steps and credit as the two have
+)
 CREDIT = "--gopo.expert_credit"
 CRITIC_RATE = ("--critic.adam.lr", "1e-3")  # upstream's 9e-6 leaves a critic of this size at its random start
 GOPO = (*TWO, CREDIT, "group=1,q=1")
@@ -70,7 +82,7 @@ def rates_of(variant: str) -> tuple[str, ...]:
 
 def command(variant: str, rates: Sequence[str], seed: int, out: Path, args: argparse.Namespace) -> list[str]:
     """The training command of one run."""
-    single, models = "single level" in variant, args.out / "models"
+    single, models = "single level" in variant, models_of(args, seed)
     roles = {"--actor.model_name_or_path": models / ("warm_single" if single else "warm_responder")}
     if not single:
         roles["--expert.model_name_or_path"] = models / "warm_expert"
@@ -114,13 +126,18 @@ def run(name: str, arguments: Sequence[str | Path], out: Path, done: Path, **env
         raise SystemExit(f"{name}: failed with status {code}; see {log.name}")
 
 
-def warm_start(args: argparse.Namespace) -> None:
-    """Make what every run starts from, if it is not there: the quickstart's pair, and the single-level model, which
-    learns single replies first, as the responder does, then whole dialogues."""
-    models = args.out / "models"
+def models_of(args: argparse.Namespace, seed: int) -> Path:
+    """The folder of a seed's warm starts."""
+    return args.out / f"models_seed{seed}"
+
+
+def warm_start(args: argparse.Namespace, seed: int) -> None:
+    """Make what the runs of ``seed`` start from, if it is not there: the quickstart's pair, and the single-level model,
+    which learns single replies first, as the responder does, then as many whole dialogues as the expert does."""
+    models = models_of(args, seed)
     pair = ["bash", ROOT / "examples" / "quickstart" / "run.sh"]
-    where = {"OUT": str(models.resolve()), "VENV": sys.prefix, "STEPS": "0"}
-    run("warm start of the pair", pair, models, models / "warmed", **where)
+    where = {"OUT": str(models.resolve()), "VENV": sys.prefix, "STEPS": "0", "SEED": str(seed)}
+    run(f"warm start of the pair, seed {seed}", pair, models, models / "warmed", **where)
     out = models / "warm_single"
     flags = {
         "--model.model_name_or_path": models / "warm_replies",
@@ -128,15 +145,17 @@ def warm_start(args: argparse.Namespace) -> None:
         "--ckpt.output_dir": out,
         "--data.input_key": "messages",
         "--data.max_len": 1536,
+        "--data.max_samples": 2400,
         "--train.max_epochs": 1,
         "--train.batch_size": 8,
-        "--train.micro_batch_size": 2,
+        "--train.micro_batch_size": 4,
+        "--train.seed": seed,
         "--adam.lr": 1e-3,
     }
     pairs = [str(part) for pair in flags.items() for part in pair]
     sft = [sys.executable, "-m", "openrlhf_gopo.platform", "openrlhf.cli.train_sft", *pairs]
     switches = ["--data.multiturn", "--data.apply_chat_template"]
-    run("warm start, single level", [*sft, *switches], out, out / "config.json")
+    run(f"warm start, single level, seed {seed}", [*sft, *switches], out, out / "config.json")
 
 
 def train(args: argparse.Namespace, variant: str, seed: int, rates: Sequence[str]) -> Path:
@@ -171,7 +190,7 @@ def updates_of(out: Path) -> list[dict[str, float]]:
 def search(args: argparse.Namespace) -> None:
     """Train each method at every learning rate of its grid; into the record, the joint return of its last updates."""
     recorded(args)
-    warm_start(args)
+    warm_start(args, TUNING_SEED)
     tries = [(name, rates) for name in SEARCHED for rates in GRID[1 if "single level" in name else 2]]
     brief = argparse.Namespace(**vars(args) | {"updates": SEARCH_UPDATES, "goals": 16})  # evaluations are not looked at
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -186,13 +205,17 @@ def search(args: argparse.Namespace) -> None:
 
 
 def row_of(variant: str, seed: int, out: Path) -> Row:
-    """What a finished run showed: held-out TSE, ESNDCG and GRE before and after, means over the same goals."""
+    """What a finished run showed: held-out TSE, success, ESNDCG and GRE before and after, sampled and greedy.
+
+    Each is a mean over the same goals.
+    """
     updates_of(out)
-    first, *_, last = sorted((out / "results" / "eval").glob("step_*.jsonl"))
     row: Row = {"variant": variant, "seed": seed, "rates": list(rates_of(variant)), "param_dtype": fastest()}
-    for path, suffix in ((first, "_before"), (last, "")):
-        played = summarise(read_trajectories(path)).by_goal
-        row |= {name + suffix: float(np.mean(list(played[name].values()))) for name in METRICS}
+    for decoding, end in (("step", ""), ("greedy", "_greedy")):
+        first, *_, last = sorted((out / "results" / "eval").glob(f"{decoding}_*.jsonl"))
+        for path, suffix in ((first, f"{end}_before"), (last, end)):
+            played = summarise(read_trajectories(path)).by_goal
+            row |= {name + suffix: float(np.mean(list(played[name].values()))) for name in METRICS}
     return row
 
 
@@ -221,9 +244,8 @@ def study(args: argparse.Namespace) -> None:
     """Run what the record lacks, seeds outermost, so that a study that is stopped has the same seeds for all rows."""
     there = {(row["variant"], row["seed"]) for row in recorded(args)["runs"]}
     missing = [(name, seed) for seed in args.seeds for name in args.variants if (name, seed) not in there]
-    if not missing:
-        return
-    warm_start(args)
+    for seed in dict.fromkeys(seed for _, seed in missing):
+        warm_start(args, seed)
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = {pool.submit(train, args, name, seed, rates_of(name)): (name, seed) for name, seed in missing}
         for finished in as_completed(runs):

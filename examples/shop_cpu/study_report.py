@@ -12,7 +12,7 @@ from scipy import stats
 from openrlhf_gopo.envs import load_environment
 from openrlhf_gopo.evaluation.scripted import ScriptedPolicy, play
 
-METRICS = ("tse", "esndcg", "gre")
+METRICS = ("tse", "success", "esndcg", "gre")
 Row = dict[str, Any]
 
 
@@ -26,7 +26,8 @@ def with_starts(runs: Sequence[Row]) -> list[Row]:
     starts: list[Row] = []
     for name, seed in dict.fromkeys((start_of(run["variant"]), run["seed"]) for run in runs):
         mine = [run for run in runs if start_of(run["variant"]) == name and run["seed"] == seed]
-        means = {metric: float(np.mean([run[f"{metric}_before"] for run in mine])) for metric in METRICS}
+        names = [metric + decoding for decoding in ("", "_greedy") for metric in METRICS]
+        means = {name: float(np.mean([run[f"{name}_before"] for run in mine])) for name in names}
         starts.append({"variant": name, "seed": seed, **means})
     return sorted(starts, key=lambda row: (row["variant"], row["seed"])) + list(runs)
 
@@ -48,6 +49,17 @@ def cell(values: Sequence[float], sign: str = "") -> str:
     return f"{mean:{sign}.1f}" + ("" if len(values) < 2 else f" [{low:{sign}.1f}, {high:{sign}.1f}]")
 
 
+def holm(pairs: dict[str, Sequence[float]]) -> dict[str, float]:
+    """p of each row's paired differences (t test, two-sided), corrected for their number after Holm; rows with fewer
+    than two seeds have none."""
+    raw = {name: float(stats.ttest_1samp(d, 0.0).pvalue) for name, d in pairs.items() if len(d) > 1}
+    corrected, worst = {}, 0.0
+    for rank, name in enumerate(sorted(raw, key=raw.__getitem__)):
+        worst = max(worst, min(1.0, (len(raw) - rank) * raw[name]))
+        corrected[name] = worst
+    return corrected
+
+
 def scripts_on(goals: int) -> dict[str, float]:
     """TSE of scripts that look at the hidden goal, on the same goals: what random choices give, what is achievable."""
     env = load_environment("shop")
@@ -61,20 +73,31 @@ def scripts_on(goals: int) -> dict[str, float]:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """One line a policy; differences are between runs of the same seed."""
-    lines = [
-        "| policy | seeds | TSE | minus its warm start | minus GOPO | TSE of each seed | ESNDCG | GRE |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    names = (
+        *("policy", "seeds", "TSE", "minus its warm start", "minus GOPO", "p (Holm)", "TSE of each seed", "TSE greedy"),
+        *("success", "ESNDCG", "GRE"),
+    )
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     tse = {(row["variant"], row["seed"]): row["tse"] for row in rows}
+    against = {
+        name: [
+            row["tse"] - tse["GOPO", row["seed"]]
+            for row in rows
+            if row["variant"] == name and ("GOPO", row["seed"]) in tse
+        ]
+        for name in dict.fromkeys(row["variant"] for row in rows)
+        if name != "GOPO"
+    }
+    p = holm(against)
     for name in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == name]
         gains = [row["tse"] - tse[start_of(name), row["seed"]] for row in mine if name != start_of(name)]
-        rest = [row["tse"] - tse["GOPO", row["seed"]] for row in mine if ("GOPO", row["seed"]) in tse]
         seeds = ", ".join(f"{row['tse']:.1f}" for row in mine)
-        esndcg, gre = (float(np.mean([row[metric] for row in mine])) for metric in METRICS[1:])
+        success, esndcg, gre = (float(np.mean([row[metric] for row in mine])) for metric in METRICS[1:])
         lines.append(
             f"| {name} | {len(mine)} | {cell([row['tse'] for row in mine])} | {cell(gains, '+')} | "
-            f"{cell([] if name == 'GOPO' else rest, '+')} | {seeds} | {esndcg:.3f} | {gre:.3f} |"
+            f"{cell(against.get(name, []), '+')} | {f'{p[name]:.3f}' if name in p else ''} | {seeds} | "
+            f"{cell([row['tse_greedy'] for row in mine])} | {success:.3f} | {esndcg:.3f} | {gre:.3f} |"
         )
     return lines
 
