@@ -10,7 +10,8 @@ from openrlhf.trainer.ppo_trainer import BasePPOTrainer
 from openrlhf.trainer.ppo_utils.experience import Experience, balance_experiences
 
 from openrlhf_gopo.config import EXPERT, GopoConfig
-from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, GOPOExperienceMaker, ResponderExperienceMaker
+from openrlhf_gopo.runtime.experience_maker import GOPOExperienceMaker, ResponderExperienceMaker
+from openrlhf_gopo.runtime.expert_experience import ExpertExperienceMaker
 from openrlhf_gopo.runtime.reply_groups import ReplyGroupExperienceMaker
 from openrlhf_gopo.runtime.restarts import Restarts
 from openrlhf_gopo.runtime.roles import Role

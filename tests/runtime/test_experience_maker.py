@@ -11,7 +11,8 @@ from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController
 
 from openrlhf_gopo.config import EXPERT, RESPONDER, GopoConfig, PreferenceConfig
 from openrlhf_gopo.runtime import experience_maker
-from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, ResponderExperienceMaker
+from openrlhf_gopo.runtime.experience_maker import ResponderExperienceMaker
+from openrlhf_gopo.runtime.expert_experience import ExpertExperienceMaker
 from openrlhf_gopo.runtime.samples import DialogueSample, to_experience
 from openrlhf_gopo.types import Goal, StopReason, Stream, Trajectory, Turn
 

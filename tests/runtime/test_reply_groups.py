@@ -5,7 +5,8 @@ import pytest
 from openrlhf_gopo.cli import train_gopo
 from openrlhf_gopo.config import EXPERT, RESPONDER
 from openrlhf_gopo.rollout.sampled import ReplyGroup
-from openrlhf_gopo.runtime.experience_maker import ExpertExperienceMaker, ResponderExperienceMaker
+from openrlhf_gopo.runtime.experience_maker import ResponderExperienceMaker
+from openrlhf_gopo.runtime.expert_experience import ExpertExperienceMaker
 from openrlhf_gopo.runtime.launch import rollout_spec
 from openrlhf_gopo.runtime.learner import Learner
 from openrlhf_gopo.runtime.reply_groups import ReplyGroupExperienceMaker

@@ -175,15 +175,16 @@ def test_labels_and_words_share_upstreams_loss(one_process, estimator):
     assert torch.allclose(ours, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
 
 
-def test_a_turn_is_paid_for_with_its_reply():
-    """Turn-level credit: the label earns nothing itself; a decision without a turn, for want of room, neither."""
+def test_label_and_reply_belong_to_the_same_turn():
+    """Turn-level credit: both get what came from their turn on; a decision without a turn, for want of room, nothing."""
     sample = dialogue(3, forced=False)
-    assert sample.earned[RESPONDER] == pytest.approx([0.0, 0.5, 0.0, 0.1, 0.0, 0.1])
+    assert sample.earned[RESPONDER] == pytest.approx([0.5, 0.1, 0.1])
+    assert sample.turns_of_spans(RESPONDER) == [0, 0, 1, 1, 2, 2]
+    assert dialogue(3, forced=True).turns_of_spans(RESPONDER).count(1) == 1  # replies alone
     stream = sample.trajectory.streams[RESPONDER]
     stream.spans.append((len(stream.tokens), len(stream.tokens) + 1))
     stream.allowed.append(LABELS)
-    again = DialogueSample.of(sample.trajectory, {RESPONDER: {"tse": 1.0, "turns": 0.1}})
-    assert again.earned[RESPONDER][-1] == 0.0
+    assert sample.turns_of_spans(RESPONDER)[-1] == 3
 
 
 def micro_batch(batch):
