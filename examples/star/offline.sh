@@ -63,6 +63,6 @@ warm_start expert "$MODEL"
 warm_start responder "$MODEL"
 
 say "4/4 offline GOPO: the expert from preferences, the responder from the better dialogues"
-learn expert --adam.lr "$LR" --gopo.offline.sft_coef 0.2
+learn expert --adam.lr "$LR" --gopo.offline.sft_coef 0.2 --gopo.pref.weights mean
 learn responder --adam.lr "$LR"
 say "tables: $OUT/expert/results/heldout.md, $OUT/responder/results/heldout.md"
