@@ -465,7 +465,10 @@ def test_a_reward_that_fails_is_found_before_anything_starts(tokenizer, tmp_path
         ),
         ("--gopo.expert_steps 0", r"--gopo\.expert_steps 0: give 1 or more"),
         ("--gopo.expert_passes 2", r"--gopo\.expert_passes 2: give --gopo\.expert_steps too"),
-        ("--gopo.expert_steps 4 --gopo.sharing shared", r"--gopo\.expert_steps 4: one model in both roles takes its"),
+        (
+            "--gopo.expert_steps 4 --gopo.sharing shared",
+            r"--gopo\.expert_steps 4: with --gopo\.sharing shared one model",
+        ),
         # the roles
         # a single-level policy has no expert, so what is set for one is a mistake
         ("--gopo.policy single_level --gopo.sharing shared", r"--gopo\.sharing shared: .* has no expert; drop it"),

@@ -67,6 +67,4 @@ def _one_process(cls, actor, *, q_weight=0.0, accumulated_gradient=1, epochs=1, 
     trainer.actor_scheduler = SimpleNamespace(get_last_lr=lambda: [0.1])
     trainer.aux_loss, trainer.max_epochs, trainer.dataloader_pin_memory = False, epochs, False
     trainer.replay_buffer = NaiveReplayBuffer(batch_size, 0, True)
-    if q_weight:
-        trainer.add_term()
     return trainer

@@ -55,6 +55,7 @@ def case(
         "actor.lr_scheduler": "constant",
         "actor.lr_warmup_ratio": "0",
         "actor.max_norm": "0",
+        "gopo.expert_credit": "group=1",  # the advantages are given; q would add a term of its own
     }
     own = {f"actor.{name}": value for name, value in actor.items()}
     flags = {f"--{name}": value for name, value in (common | own).items()}

@@ -176,7 +176,7 @@ def test_labels_and_words_share_upstreams_loss(one_process, estimator):
 
 
 def test_label_and_reply_belong_to_the_same_turn():
-    """Turn-level credit: both get what came from their turn on; a decision without a turn, for want of room, nothing."""
+    """Turn-level credit: both get what came from their turn on; a decision that no turn carried out gets nothing."""
     sample = dialogue(3, forced=False)
     assert sample.earned[RESPONDER] == pytest.approx([0.5, 0.1, 0.1])
     assert sample.turns_of_spans(RESPONDER) == [0, 0, 1, 1, 2, 2]

@@ -225,6 +225,7 @@ OFFLINE_FLAGS_OF = "openrlhf.cli.train_dpo"
 OFFLINE_FLAGS = "data.dataset"  # read by train_gopo_offline beside those above
 # Imported as they are.
 NAMES: dict[str, list[str]] = {
+    "openrlhf.models": ["aggregate_loss"],
     "openrlhf.models.ring_attn_utils": ["unpad_and_slice_tensor"],
     "openrlhf.models.utils": ["compute_entropy", "log_probs_from_logits"],
     "openrlhf.trainer.ppo_utils.experience": [
@@ -244,6 +245,7 @@ NAMES: dict[str, list[str]] = {
 }
 # What platform/ changes on a machine without a GPU, and nobody needs elsewhere.
 CPU_NAMES: dict[str, list[str]] = {
+    "openrlhf.models": ["aggregate_loss"],
     "openrlhf.utils.distributed_util": ["stateless_init_process_group"],
     "openrlhf.utils.deepspeed.deepspeed": ["DeepspeedStrategy", "init_device_mesh"],
     "deepspeed.ops": ["__compatible_ops__"],
