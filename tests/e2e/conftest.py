@@ -60,8 +60,6 @@ def _train(model: Path, out: Path, *extra: object) -> subprocess.CompletedProces
         "--data.max_len": 2048,
         "--gopo.reply_max_tokens": 12,
         "--gopo.max_turns": 4,
-        # An untrained model rarely completes anything: on TSE alone whole batches tie, and ties teach nothing.
-        "--gopo.expert_reward": "tse=1,esndcg=1",
         "--actor.adam.lr": 1e-2,
         "--actor.lr_scheduler": "constant",
         "--actor.lr_warmup_ratio": 0,

@@ -28,7 +28,7 @@ def single_level(tmp_path_factory, train, tiny_model):
         tiny_model,
         out,
         *("--gopo.env", "shop", "--gopo.policy", "single_level", "--gopo.responder_reward", "tse=1,esndcg=1"),
-        *("--algo.advantage.estimator", "gae", "--critic.adam.lr", 1e-3, "--gopo.expert_reward", "tse=1"),
+        *("--algo.advantage.estimator", "gae", "--critic.adam.lr", 1e-3),
     )
     return out
 

@@ -210,7 +210,7 @@ def test_trackers_receive_the_metrics_under_stable_names(trained):
     out = trained[3]
     (events,) = (out / "tensorboard").iterdir()
     tags = EventAccumulator(str(events)).Reload().Tags()
-    stable = {"train/rollout/tse", "train/expert/pref_accuracy", "train/responder/policy_loss", "eval/eval_tse"}
+    stable = {"train/rollout/tse", "train/expert/q_fit_r2", "train/responder/policy_loss", "eval/eval_tse"}
     assert stable <= set(tags["scalars"])
     assert [tag for tag in tags["tensors"] if "generated_samples" in tag]
     (offline,) = out.glob("wandb/offline-run-*/*.wandb")
