@@ -205,14 +205,16 @@ def _preferences(axes: Axes, metrics: Metrics) -> None:
     accuracy, loss = metrics.get("expert/pref_accuracy"), metrics.get("expert/pref_loss")
     if accuracy and set(accuracy[1]) == {0.5}:  # measured against the sampler itself, both are constants
         accuracy = loss = None
+    foretold = None if accuracy else metrics.get("expert/q_r2")
     drawn = [
-        _line(axes, accuracy, "preference accuracy (left)", BLUE),
+        _line(axes, accuracy, "preference accuracy (left)", BLUE)
+        or _line(axes, foretold, "returns explained by Q beforehand (left)", BLUE),
         _line(right, loss, "preference loss (right)", RED),
         _line(right, metrics.get("expert/entropy_loss"), "expert entropy (right)", GREEN),
     ]
-    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylim(-0.03 if not foretold else min(-0.03, *foretold[1]), 1.03)
     if drawn[0]:
-        axes.axhline(0.5, color=GREY, linewidth=1, linestyle=":")
+        axes.axhline(0.0 if foretold else 0.5, color=GREY, linewidth=1, linestyle=":")
     else:
         axes.set_yticks([])
     if any(drawn[1:]):
@@ -221,8 +223,8 @@ def _preferences(axes: Axes, metrics: Metrics) -> None:
         right.spines["top"].set_visible(False)
     else:
         right.set_axis_off()
-    left = "pairs ordered rightly" if drawn[0] else ""
-    _finish(axes, "Expert: preferences and entropy", left, drawn, right=right)
+    left = "share of variance" if foretold else "pairs ordered rightly" if drawn[0] else ""
+    _finish(axes, "Expert: credit and entropy", left, drawn, right=right)
 
 
 def _kl(axes: Axes, metrics: Metrics) -> None:
